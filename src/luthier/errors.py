@@ -1,0 +1,115 @@
+"""Every error a user can meet, and the exit code it ends the command with.
+
+    LuthierError                exit 1   a defect of ours
+    ├── UsageError              exit 2   the command or the recipe is wrong
+    │   ├── RecipeError                  one or more problems in a recipe, each with its line
+    │   └── ModelError                   the base model cannot be had or is not of a known family
+    ├── DataError               exit 3   the data is wrong
+    ├── FitError                exit 4   it does not fit this machine
+    ├── TrainingError           exit 5   training stopped: non-finite loss, a fault
+    ├── ExportError             exit 6   an export failed or failed its verification
+    └── Interrupted             exit 75  stopped by a signal with a checkpoint saved
+
+A message says what happened and where (file, line, row); `remedy` says what to try next. Errors of other
+libraries are turned into these at the place where the library is called, never shown raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "DataError",
+    "ExportError",
+    "FitError",
+    "Interrupted",
+    "LuthierError",
+    "ModelError",
+    "Problem",
+    "RecipeError",
+    "TrainingError",
+    "UsageError",
+]
+
+
+class LuthierError(Exception):
+    """The root. `remedy` is one sentence: what to try next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class UsageError(LuthierError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in one place. `line` counts from 1; None where there is no line (a `--set`, a missing key)."""
+
+    where: str
+    line: int | None
+    reason: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        place = self.where if self.line is None else f"{self.where}:{self.line}"
+        return f"{place}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+def _listed(problems: Sequence[Problem]) -> str:
+    return "\n".join(f"  {problem}" for problem in problems)
+
+
+class RecipeError(UsageError):
+    """All problems of a recipe at once."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        many = f"{len(self.problems)} problems" if len(self.problems) != 1 else "a problem"
+        super().__init__(f"the recipe has {many}:\n{_listed(self.problems)}")
+
+
+class ModelError(UsageError):
+    """The base model cannot be found, fetched or understood."""
+
+
+class DataError(LuthierError):
+    """The data is wrong; `problems` lists the rows where there are any."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, remedy: str | None = None, problems: Sequence[Problem] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(message + (f"\n{_listed(self.problems)}" if self.problems else ""), remedy)
+
+
+class FitError(LuthierError):
+    """The plan does not fit the machine."""
+
+    exit_code = 4
+
+
+class TrainingError(LuthierError):
+    """Training stopped before its end."""
+
+    exit_code = 5
+
+
+class ExportError(LuthierError):
+    """An export failed, or what was exported is not the model that was trained."""
+
+    exit_code = 6
+
+
+class Interrupted(LuthierError):
+    """A signal stopped the run after a checkpoint was saved."""
+
+    exit_code = 75

@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests, and where the real data and vocabulary lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any import of the Hugging Face libraries: tests never go to the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core; two thread pools on it only fight
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from tests import tiny
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and Llama 3's vocabulary; the test skips, and says so, where it is not there."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the folder {SHARED.name}/ with real data is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random untied llama in transformers' layout (read only: share it, do not write into it)."""
+    return tiny.make_model(tmp_path_factory.mktemp("tiny") / "llama")
