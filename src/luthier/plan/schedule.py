@@ -1,0 +1,159 @@
+"""Choices about how long and how often: batch size, epochs and steps, warm-up, evaluations, checkpoints, row length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from luthier.errors import UsageError
+from luthier.model.config import ModelConfig
+from luthier.plan import sources
+from luthier.plan.decision import YOURS, Decision
+from luthier.recipe.schema import Recipe
+
+__all__ = [
+    "DataFacts",
+    "choose_batch_size",
+    "choose_epochs",
+    "choose_eval_every",
+    "choose_max_length",
+    "choose_save_every",
+    "choose_steps",
+    "choose_warmup",
+]
+
+_ENOUGH_STEPS = 100
+_MOST_EPOCHS = 10
+_EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the plan needs to know of the rows. longest: tokens of the longest row; labelled_tokens: of one epoch."""
+
+    train_rows: int
+    eval_rows: int
+    longest: int
+    labelled_tokens: int
+
+
+def choose_batch_size(recipe: Recipe, rows: int) -> Decision[int]:
+    """8, 16 or 32 rows by the size of the data."""
+    asked = recipe.train.batch_size
+    if asked != "auto":
+        reason = f"As you set it: {math.ceil(rows / asked):,} steps per epoch."
+        if asked > 32:
+            reason += " LoRA pays a growing penalty at large batches, which rank does not cure."
+            return Decision("train.batch_size", asked, reason, f"{YOURS}; {sources.WITHOUT_REGRET}")
+        return Decision("train.batch_size", asked, reason, YOURS)
+    size = 8 if rows < 1000 else 16 if rows < 10_000 else 32
+    reason = (
+        f"{rows:,} rows: 8 below 1,000, 16 below 10,000, else 32. Small, because LoRA loses at large batches. "
+        "Sources conflict on how large is too large."
+    )
+    rejected = ("128: where Tinker starts", "more than 32: TRL's page says stay below")
+    return Decision("train.batch_size", size, reason, sources.WITHOUT_REGRET, rejected)
+
+
+def choose_epochs(recipe: Recipe, rows: int, batch_size: int) -> Decision[float]:
+    """Three passes, one over many rows, more over few; where steps are given, what they come to."""
+    train = recipe.train
+    per_epoch = math.ceil(rows / batch_size)
+    if train.steps is not None:
+        reason = f"What {train.steps:,} steps of {batch_size} rows come to."
+        return Decision("train.epochs", round(train.steps * batch_size / rows, 2), reason, YOURS)
+    if train.epochs != "auto":
+        return Decision("train.epochs", train.epochs, f"As you set it: {per_epoch:,} steps each.", YOURS)
+    usual = 3 if rows <= 50_000 else 1
+    wanted = math.ceil(_ENOUGH_STEPS / per_epoch)
+    epochs = max(usual, min(wanted, _MOST_EPOCHS))
+    reason = f"{rows:,} rows, {per_epoch:,} steps each: {usual} is usual for so many."
+    if epochs > usual:
+        reason = (
+            f"{rows:,} rows make only {per_epoch:,} steps an epoch; more than the usual {usual}, for about "
+            f"{_ENOUGH_STEPS} steps (at most {_MOST_EPOCHS} epochs). The checkpoint of the best held-out loss is kept."
+        )
+    return Decision("train.epochs", float(epochs), reason, sources.EPOCHS)
+
+
+def choose_steps(recipe: Recipe, rows: int, batch_size: int, epochs: float) -> Decision[int]:
+    """Given, or rows * epochs / batch size, rounded up."""
+    if recipe.train.steps is not None:
+        return Decision("train.steps", recipe.train.steps, "As you set it.", YOURS)
+    whole, part = divmod(epochs, 1)
+    # Whole epochs end with a short batch of their own; a part of one is cut where its rows end.
+    steps = int(whole) * math.ceil(rows / batch_size) + math.ceil(round(part * rows, 6) / batch_size)
+    reason = f"{epochs:g} epochs of {rows:,} rows, {batch_size} a step."
+    return Decision("train.steps", max(1, steps), reason, "arithmetic")
+
+
+def choose_warmup(recipe: Recipe, steps: int) -> Decision[int]:
+    """3 % of the steps.
+
+    Raises:
+        UsageError: the user's warm-up is as long as the run.
+    """
+    asked = recipe.train.warmup_steps
+    if asked != "auto":
+        if asked >= steps:
+            message = f"train.warmup_steps is {asked}, but the run has only {steps} steps"
+            raise UsageError(message, f"train.warmup_steps: at most {steps - 1}, or auto")
+        return Decision("train.warmup_steps", asked, f"As you set it: {asked / steps:.0%} of {steps:,} steps.", YOURS)
+    warmup = min(max(1, round(0.03 * steps)), steps - 1)
+    return Decision("train.warmup_steps", warmup, f"3 % of {steps:,} steps, at least one.", sources.QLORA)
+
+
+def choose_max_length(recipe: Recipe, config: ModelConfig, longest: int) -> Decision[int]:
+    """The longest row, as far as the model reaches.
+
+    Raises:
+        UsageError: the user's length is beyond the model's positions.
+    """
+    asked, most = recipe.train.max_length, config.max_positions
+    if asked != "auto":
+        if asked > most:
+            message = f"train.max_length is {asked:,}, but the model knows only {most:,} positions"
+            raise UsageError(message, f"train.max_length: {most} or less, or auto")
+        reason = f"As you set it; the longest row has {longest:,} tokens" + (" and is cut." if longest > asked else ".")
+        return Decision("train.max_length", asked, reason, YOURS)
+    if longest > most:
+        reason = f"The longest row has {longest:,} tokens, the model only {most:,} positions: what is longer is cut."
+        return Decision("train.max_length", most, reason, "the model's config.json")
+    reason = f"The longest row has {longest:,} tokens, so nothing is cut (the model reaches {most:,})."
+    return Decision("train.max_length", longest, reason, "the data, counted")
+
+
+def choose_eval_every(recipe: Recipe, steps: int, batch_size: int, eval_rows: int) -> Decision[int]:
+    """About ten times in a run, fewer where the held-out rows would take more than a tenth of the time.
+
+    Raises:
+        UsageError: the user asks for evaluations, and nothing is held out.
+    """
+    asked = recipe.train.eval_every
+    if eval_rows == 0:
+        if asked not in ("auto", 0):
+            message = f"train.eval_every is {asked}, but no row is held out"
+            raise UsageError(message, "hold some out (split: {train: 0.9, eval: 0.1}), or train.eval_every: 0")
+        return Decision(
+            "train.eval_every", 0, "No row is held out, so there is nothing to measure.", "the data, counted"
+        )
+    if asked != "auto":
+        return Decision("train.eval_every", asked, "As you set it." + (" Never." if asked == 0 else ""), YOURS)
+    # A row costs a third when only measured: forward, without backward's two thirds.
+    affordable = int(0.1 * steps * batch_size * 3 / eval_rows)
+    times = max(2, min(_EVALUATIONS, affordable))
+    every = max(1, math.ceil(steps / times))
+    reason = f"{math.ceil(steps / every)} times in {steps:,} steps; {eval_rows:,} held-out rows each"
+    reason += ", about a tenth of the time." if times < _EVALUATIONS else "."
+    return Decision("train.eval_every", every, reason, "this project's rule: ten times, within a tenth of the time")
+
+
+def choose_save_every(recipe: Recipe, steps: int, eval_every: int) -> Decision[int]:
+    """With every evaluation, so that the best can be kept; without any, ten times."""
+    asked = recipe.train.save_every
+    if asked != "auto":
+        return Decision("train.save_every", asked, "As you set it.", YOURS)
+    rule = "this project's rule"
+    if eval_every:
+        return Decision("train.save_every", eval_every, "With every evaluation, so that the best can be kept.", rule)
+    return Decision("train.save_every", max(1, math.ceil(steps / 10)), f"Ten times in {steps:,} steps.", rule)

@@ -1,0 +1,144 @@
+"""What must hold between settings of a recipe: one small function per rule, all in `RULES`.
+
+Each takes a recipe whose settings are right one by one, and yields what is wrong with them together. To add a rule:
+write its function, add it to `RULES` and a test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from luthier.recipe.schema import KNOWN_TASKS, Recipe
+
+__all__ = ["RULES", "Breach", "breaches"]
+
+Path = tuple[str | int, ...]
+_EXAMPLE = '"Q: {question}\\nA: {answer}"'
+
+
+@dataclass(frozen=True)
+class Breach:
+    """One broken rule. `paths` are the settings it is about; the problem is shown at the first of them."""
+
+    paths: tuple[Path, ...]
+    reason: str
+    remedy: str
+
+
+def _epochs_or_steps(recipe: Recipe) -> Iterator[Breach]:
+    train = recipe.train
+    if train.steps is not None and train.epochs != "auto":
+        yield Breach(
+            (("train", "steps"), ("train", "epochs")),
+            f"`train.steps` is {train.steps} and `train.epochs` is {train.epochs:g}: only one can say when to end",
+            "leave one of them out",
+        )
+
+
+def _warmup_ends(recipe: Recipe) -> Iterator[Breach]:
+    train = recipe.train
+    if train.steps is not None and train.warmup_steps != "auto" and train.warmup_steps >= train.steps:
+        yield Breach(
+            (("train", "warmup_steps"), ("train", "steps")),
+            f"`train.warmup_steps` is {train.warmup_steps}, but the run has only {train.steps} steps",
+            f"at most {train.steps - 1}, or auto",
+        )
+
+
+def _micro_batch_divides(recipe: Recipe) -> Iterator[Breach]:
+    batch, micro = recipe.train.batch_size, recipe.train.micro_batch
+    if batch == "auto" or micro == "auto" or batch % micro == 0:
+        return
+    divisors = [rows for rows in range(1, min(batch, micro) + 1) if batch % rows == 0]
+    yield Breach(
+        (("train", "micro_batch"), ("train", "batch_size")),
+        f"`train.micro_batch` {micro} does not divide `train.batch_size` {batch}",
+        f"the nearest that does is {divisors[-1]}",
+    )
+
+
+def _split_sums_to_one(recipe: Recipe) -> Iterator[Breach]:
+    split = recipe.split
+    total = split.train + split.eval + split.test
+    if not math.isclose(total, 1.0, abs_tol=1e-6):
+        yield Breach(
+            (("split",),),
+            f"the fractions under `split` sum to {total:g}, not to 1 "
+            f"(train {split.train:g}, eval {split.eval:g}, test {split.test:g})",
+            "what is left out has its default: train 0.9, eval 0.1, test 0",
+        )
+
+
+def _something_to_train_on(recipe: Recipe) -> Iterator[Breach]:
+    if all(source.split in ("eval", "test") for source in recipe.data):
+        remedy = "give one `split: train`, or `all`"
+        yield Breach((("data",),), "every file under `data` is held out, none is trained on", remedy)
+
+
+def _no_twice(recipe: Recipe) -> Iterator[Breach]:
+    lists: tuple[tuple[Path, tuple[str, ...]], ...] = (
+        (("export",), recipe.export),
+        (("evaluate", "tasks"), recipe.evaluate.tasks),
+        (("adapter", "targets"), () if isinstance(recipe.adapter.targets, str) else recipe.adapter.targets),
+    )
+    for path, names in lists:
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                where = ".".join(map(str, path))
+                yield Breach(((*path, place),), f"`{name}` stands twice in `{where}`", "take one out")
+
+
+def _known_tasks(recipe: Recipe) -> Iterator[Breach]:
+    for place, name in enumerate(recipe.evaluate.tasks):
+        if name not in KNOWN_TASKS:
+            near = difflib.get_close_matches(name, KNOWN_TASKS, n=1)
+            guess = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(KNOWN_TASKS)}"
+            yield Breach((("evaluate", "tasks", place),), f"there is no task `{name}`", guess)
+
+
+def _template_reads(recipe: Recipe) -> Iterator[Breach]:
+    """A text template: braces that pair, plain names in them, the answer's field at the end."""
+    text, path = recipe.template, (("template",),)
+    if text in ("model", "alpaca"):
+        return
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except ValueError as error:
+        yield Breach(path, f"`template`: {error}", "a brace that is meant as text is written twice: {{ or }}")
+        return
+    named = [piece for piece in pieces if piece[1] is not None]
+    names = [name or "" for _, name, _, _ in named]
+    if not names:
+        near = difflib.get_close_matches(text, ["model", "alpaca"], n=1)
+        guess = f"did you mean `{near[0]}`?" if near else f"model, alpaca, or a text such as {_EXAMPLE}"
+        yield Breach(path, f"`template` is {text!r}, which names no key of the rows in braces", guess)
+    for _, name, form, conversion in named:
+        if not name or form or conversion:
+            reason = f"`template`: braces must hold a key's name and nothing else, not {name!r} with a format"
+            yield Breach(path, reason, f"such as {_EXAMPLE}; braces that are meant as text are written twice")
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield Breach(path, f"`template` names {{{name}}} more than once", "name each key once")
+    after = "" if pieces and pieces[-1][1] is not None else pieces[-1][0].strip() if names else ""
+    if after:
+        yield Breach(path, f"`template` goes on after its last key: {after!r}", "end it with the answer's key")
+
+
+RULES: tuple[Callable[[Recipe], Iterator[Breach]], ...] = (
+    _epochs_or_steps,
+    _warmup_ends,
+    _micro_batch_divides,
+    _split_sums_to_one,
+    _something_to_train_on,
+    _no_twice,
+    _known_tasks,
+    _template_reads,
+)
+
+
+def breaches(recipe: Recipe) -> tuple[Breach, ...]:
+    """Every rule that `recipe` breaks, in the order of `RULES`."""
+    return tuple(breach for rule in RULES for breach in rule(recipe))

@@ -1,0 +1,197 @@
+"""Every setting of a recipe, once: its type, unit, bounds, default and help.
+
+First stage of the house: recipe -> plan -> data -> train -> ... Everything said about a setting elsewhere (the comments
+of `luthier init`, error messages, the reference in docs/) is generated from these definitions.
+
+`auto` means that the plan decides, and says why. A setting that nothing carries out yet is not here, so a recipe that
+asks for it is refused rather than accepted and ignored. How settings bear on each other stands in rules.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+__all__ = [
+    "BUNDLED_DATA",
+    "BUNDLED_MODEL",
+    "KNOWN_TASKS",
+    "AdapterRecipe",
+    "Auto",
+    "DataSource",
+    "EvaluateRecipe",
+    "FormatName",
+    "Projection",
+    "Recipe",
+    "SplitRecipe",
+    "TrainRecipe",
+]
+
+BUNDLED_MODEL = "sprig"
+BUNDLED_DATA = ("pirate", "tales")
+KNOWN_TASKS = ("pirate",)
+"""The names of evaluate's task table; a test there holds the two equal."""
+
+Auto: TypeAlias = Literal["auto"]
+# Strict: YAML has types of its own, so `"60"` (a text) and `true` are not numbers, and 1.5 is not a whole number.
+Whole: TypeAlias = Annotated[int, Strict()]
+Number: TypeAlias = Annotated[float, Strict()]
+Text: TypeAlias = Annotated[str, Strict(), Field(min_length=1)]
+
+Projection: TypeAlias = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FormatName: TypeAlias = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "title-content", "text"
+]
+
+
+class _Section(BaseModel):
+    """Frozen, and closed: a key that is not defined is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class DataSource(_Section):
+    """One file of rows, or one of the bundled sets."""
+
+    path: Text = Field(
+        description="A JSONL file, beside this recipe or with its full path; pirate and tales name the bundled sets "
+        "(a file of that name: ./pirate)."
+    )
+    format: FormatName = Field("auto", description="The layout of its rows; auto: recognised by their keys.")
+    fields: dict[Text, Text] = Field(
+        default_factory=dict,
+        description="Where your rows name their keys otherwise: your name, then the format's, as in {ask: question}.",
+    )
+    split: Literal["all", "train", "eval", "test"] = Field(
+        "all", description="What these rows are for; all: cut by the fractions under `split`."
+    )
+
+
+class AdapterRecipe(_Section):
+    """The low-rank adapter that is trained (Hu et al. 2021): W + scale * B A, with W frozen."""
+
+    kind: Literal["lora"] = Field("lora", description="The kind of adapter.")
+    rank: Annotated[Whole, Field(ge=1)] | Auto = Field(
+        "auto", description="Inner size of A and B: more rank, more that can be learned, more memory."
+    )
+    alpha: Annotated[Number, Field(gt=0)] | Auto = Field("auto", description="Strength of the adapter, see `scale`.")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="Share of the adapter's input that is dropped while training.")
+    targets: Literal["all-linear", "attention"] | Annotated[tuple[Projection, ...], Field(min_length=1)] = Field(
+        "all-linear", description="The projections that get an adapter: all seven, the four of attention, or a list."
+    )
+    scale: Literal["standard", "rslora"] = Field(
+        "standard", description="standard: alpha / rank; rslora: alpha / sqrt(rank), for large ranks (2312.03732)."
+    )
+
+
+class TrainRecipe(_Section):
+    """How it is trained."""
+
+    epochs: Annotated[Number, Field(gt=0)] | Auto = Field(
+        "auto", description="Passes over the training rows; may be fractions.", json_schema_extra={"unit": "epochs"}
+    )
+    steps: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="Optimizer steps, instead of epochs.", json_schema_extra={"unit": "steps"}
+    )
+    batch_size: Annotated[Whole, Field(ge=1)] | Auto = Field(
+        "auto", description="Rows per optimizer step, whatever the micro-batch.", json_schema_extra={"unit": "rows"}
+    )
+    micro_batch: Annotated[Whole, Field(ge=1)] | Auto = Field(
+        "auto",
+        description="Rows computed at once: changes memory and speed, not the result. It must divide batch_size.",
+        json_schema_extra={"unit": "rows"},
+    )
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] | Auto = Field("auto", description="The highest learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up: to zero, or not at all."
+    )
+    warmup_steps: Annotated[Whole, Field(ge=0)] | Auto = Field(
+        "auto", description="Steps over which the learning rate rises from zero.", json_schema_extra={"unit": "steps"}
+    )
+    optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "auto", description="AdamW; 8-bit: its state in a quarter of the memory; paged: in CPU memory at need."
+    )
+    weight_decay: Number = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay, on the adapter.")
+    clip: Number = Field(1.0, ge=0, description="The largest norm of the gradient, longer ones are scaled; 0: off.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="The number format of weights and activations; the adapter itself is always kept in fp32."
+    )
+    checkpointing: Annotated[bool, Strict()] | Auto = Field(
+        "auto", description="Compute activations a second time instead of keeping them: less memory, slower."
+    )
+    max_length: Annotated[Whole, Field(ge=8)] | Auto = Field(
+        "auto",
+        description="Longest row; longer ones are cut at the end, and counted.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    eval_every: Annotated[Whole, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Between measurements of the held-out loss; 0: none while training.",
+        json_schema_extra={"unit": "steps"},
+    )
+    save_every: Annotated[Whole, Field(ge=1)] | Auto = Field(
+        "auto", description="Between checkpoints; the best and the last are kept.", json_schema_extra={"unit": "steps"}
+    )
+
+
+class SplitRecipe(_Section):
+    """The fractions by which rows are cut into what is trained on and what is held out; they sum to 1."""
+
+    train: Number = Field(0.9, gt=0, le=1, description="Trained on.")
+    eval: Number = Field(0.1, ge=0, lt=1, description="Held out: its loss is measured while training and after.")
+    test: Number = Field(0.0, ge=0, lt=1, description="Held out and used once, at the end.")
+
+
+class EvaluateRecipe(_Section):
+    """What is measured after training, on the base and on the tuned model. Held-out loss and perplexity always are."""
+
+    tasks: tuple[Text, ...] = Field((), description=f"Scores beyond the loss; known: {', '.join(KNOWN_TASKS)}.")
+    max_new_tokens: Whole = Field(
+        128, ge=1, description="An answer that has not ended by then is cut.", json_schema_extra={"unit": "tokens"}
+    )
+    samples: Whole = Field(
+        10, ge=0, description="Held-out rows that both models answer, side by side.", json_schema_extra={"unit": "rows"}
+    )
+    limit: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="At most this many held-out rows are scored; null: all.", json_schema_extra={"unit": "rows"}
+    )
+
+
+def as_sources(value: object) -> object:
+    """`data: rows.jsonl` and `data: [a.jsonl, b.jsonl]` are short for `data: [{path: ...}]`."""
+    listed = [value] if isinstance(value, (str, dict)) else value
+    if not isinstance(listed, list):
+        return listed
+    return [{"path": item} if isinstance(item, str) else item for item in listed]
+
+
+class Recipe(_Section):
+    """Everything a user asks for."""
+
+    model: Text = Field(
+        description="The base model: a hub id such as meta-llama/Llama-3.1-8B, a folder, or sprig (bundled)."
+    )
+    data: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(as_sources)] = Field(
+        description="The rows to learn from: a JSONL file, pirate or tales (bundled), or a list of these or of "
+        "{path, format, fields, split}.",
+        json_schema_extra={"expects": "a file, or a list of files or mappings with `path`"},
+    )
+    template: Text = Field(
+        "model",
+        description="How a row becomes text. model: the model's own chat template; alpaca: Alpaca's; or a text of "
+        'your own that names the row\'s keys in braces, the answer last, such as "Q: {question}\\nA: {answer}".',
+    )
+    adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="What is trained.")
+    quantize: Literal["auto", "none", "nf4"] = Field(
+        "auto", description="The frozen base while training. nf4: in 4 bits (QLoRA), to fit where 16-bit does not."
+    )
+    train: TrainRecipe = Field(default_factory=TrainRecipe, description="How it is trained.")
+    split: SplitRecipe = Field(default_factory=SplitRecipe, description="What is held out.")
+    seed: Whole = Field(0, ge=0, lt=2**32, description="Same seed, same run.")
+    hardware: Literal["this"] = Field("this", description="The machine to plan for and run on.")
+    evaluate: EvaluateRecipe = Field(default_factory=EvaluateRecipe, description="What is measured afterwards.")
+    export: tuple[Literal["hf", "gguf", "ollama"], ...] = Field(
+        ("hf", "gguf"),
+        description="What `luthier run` writes: hf (transformers, vLLM), gguf (llama.cpp), ollama (and its Modelfile).",
+    )

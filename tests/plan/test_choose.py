@@ -1,0 +1,279 @@
+"""Every `auto` resolved by its stated rule; what the user set is kept; what cannot fit is refused with its numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.errors import DataError, FitError, UsageError
+from luthier.hardware.device import Device
+from luthier.hardware.probe import this_device
+from luthier.model.config import PROJECTIONS, ModelConfig, parameters, projection_shapes, read_config
+from luthier.plan.choose import DataFacts, choose
+from luthier.plan.decision import YOURS
+from luthier.plan.explain import plan_table
+from luthier.plan.plan import Plan, as_document
+from luthier.recipe.load import recipe_from_mapping
+from luthier.recipe.schema import Recipe
+
+SPRIG = ModelConfig("llama", 4096, 256, 688, 6, 8, 2, 32, tied=True, max_positions=2048)
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128, max_positions=131072)
+LLAMA_70B = ModelConfig("llama", 128256, 8192, 28672, 80, 64, 8, 128, max_positions=131072)
+FAR = ModelConfig("llama", 4096, 256, 688, 6, 8, 2, 32, tied=True, max_positions=131072)
+CPU = Device("cpu", "a CPU", 16.0, 2, None, ("fp32",))
+CPU_BF16 = Device("cpu", "a newer CPU", 64.0, 8, None, ("bf16", "fp32"))
+T4 = Device("cuda", "T4", 14.6, 8, (7, 5), ("fp16", "fp32"))
+A10G = Device("cuda", "A10G", 22.5, 8, (8, 6), ("bf16", "fp16", "fp32"))
+H100 = Device("cuda", "H100", 79.6, 26, (9, 0), ("bf16", "fp16", "fp32"))
+MPS = Device("mps", "Apple GPU", 48.0, 12, None, ("bf16", "fp16", "fp32"))
+DEVICES = (CPU, CPU_BF16, T4, A10G, H100, MPS)
+FACTS = DataFacts(train_rows=803, eval_rows=101, longest=71, labelled_tokens=16_001)
+
+
+def recipe(**values: object) -> Recipe:
+    return recipe_from_mapping({"model": "sprig", "data": "pirate", **values})
+
+
+def test_sprig_on_a_plain_cpu() -> None:
+    plan = choose(recipe(), CPU, SPRIG, FACTS)
+    got = plan.settings
+    assert (got.precision, got.quantize, got.device, got.optimizer, got.checkpointing) == (
+        "fp32",
+        "none",
+        "cpu",
+        "adamw",
+        False,
+    )
+    assert (got.batch_size, got.micro_batch, got.max_length) == (8, 8, 71)
+    assert got.steps == 3 * math.ceil(803 / 8)
+    assert got.warmup_steps == round(0.03 * got.steps)
+    assert got.learning_rate == 1e-3  # the formula gives 2.5e-3, capped
+    assert "0.0025" in plan.decision("train.learning_rate").reason
+
+
+def test_published_parameter_counts_of_8b() -> None:
+    """Rank 16 all-linear and rank 8 attention, as PEFT prints them; and 4-bit weights of about 5.5 GB."""
+    all_linear = choose(recipe(adapter={"rank": 16}), H100, LLAMA_8B, FACTS)
+    attention = choose(recipe(adapter={"rank": 8, "targets": "attention"}), H100, LLAMA_8B, FACTS)
+    assert all_linear.trainable_parameters == 41_943_040
+    assert all_linear.total_parameters == 8_072_204_288
+    assert attention.trainable_parameters == 6_815_744
+    assert attention.settings.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.parametrize(
+    ("config", "rate"),
+    [(ModelConfig("llama", 9, 2048, 9, 1, 1, 1, 2), 4.9e-4), (LLAMA_8B, 2.9e-4), (LLAMA_70B, 1.7e-4)],
+)
+def test_learning_rate_is_the_published_formula(config: ModelConfig, rate: float) -> None:
+    asked = recipe(quantize="nf4")
+    assert choose(asked, H100, config, FACTS).settings.learning_rate == pytest.approx(rate, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [(CPU, "fp32"), (CPU_BF16, "bf16"), (T4, "fp16"), (A10G, "bf16"), (MPS, "bf16")]
+)
+def test_precision_follows_the_hardware(device: Device, precision: str) -> None:
+    assert choose(recipe(), device, SPRIG, FACTS).settings.precision == precision
+
+
+def test_8b_is_quantised_only_where_it_must_be() -> None:
+    on_t4, on_h100 = (choose(recipe(), device, LLAMA_8B, FACTS).settings for device in (T4, H100))
+    assert (on_t4.quantize, on_t4.precision, on_t4.checkpointing) == ("nf4", "fp16", True)
+    assert (on_h100.quantize, on_h100.precision, on_h100.checkpointing) == ("none", "bf16", False)
+
+
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 8), (7680, 8), (7681, 16), (15361, 32), (30721, 32), (10**9, 32)])
+def test_rank_by_capacity(tokens: int, rank: int) -> None:
+    """960 parameters a rank (four squares of 100 + 100, and 60 + 100 of down_proj); 64 is beyond its 60."""
+    config = ModelConfig("llama", 50, 100, 60, 1, 10, 10, 10)
+    asked = recipe(adapter={"targets": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]})
+    assert choose(asked, CPU, config, DataFacts(10, 1, 9, tokens)).settings.rank == rank
+
+
+def test_alpha_and_its_scale() -> None:
+    rslora = choose(recipe(adapter={"scale": "rslora", "rank": 16}), CPU, SPRIG, FACTS).settings
+    standard = choose(recipe(adapter={"rank": 16}), CPU, SPRIG, FACTS).settings
+    assert rslora.alpha / math.sqrt(rslora.rank) == standard.alpha / standard.rank == 2.0
+
+
+def test_micro_batch_by_tokens_divides_the_batch() -> None:
+    long = DataFacts(803, 101, 1500, 16_001)
+    assert choose(recipe(train={"batch_size": 12}), CPU, SPRIG, long).settings.micro_batch == 2  # 3,000 of 4,096
+    assert choose(recipe(train={"batch_size": 12}), H100, SPRIG, long).settings.micro_batch == 4  # 6,000 of 8,192
+    assert choose(recipe(train={"batch_size": 7}), CPU, SPRIG, long).settings.micro_batch == 1  # 2 does not divide 7
+    huge = DataFacts(8, 1, 9000, 10)
+    assert choose(recipe(), CPU, FAR, huge).settings.micro_batch == 1
+
+
+def test_steps_of_epochs() -> None:
+    facts = DataFacts(100, 10, 50, 1000)
+    assert choose(recipe(train={"epochs": 2, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 2 * 15
+    assert (
+        choose(recipe(train={"epochs": 1.5, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 15 + 8
+    )  # 50 rows / 7
+    assert choose(recipe(train={"epochs": 0.001}), CPU, SPRIG, facts).settings.steps == 1
+    few = choose(recipe(), CPU, SPRIG, DataFacts(56, 6, 50, 1000))  # 7 steps an epoch: as many epochs as are sensible
+    assert few.settings.steps == 70
+    assert choose(recipe(), CPU, SPRIG, DataFacts(60_000, 6, 50, 1000)).settings.steps == 1875  # one epoch of 32 rows
+
+
+def test_evaluations() -> None:
+    assert choose(recipe(), CPU, SPRIG, DataFacts(800, 0, 50, 9)).settings.eval_every == 0
+    cheap = choose(recipe(train={"steps": 200}), CPU, SPRIG, DataFacts(800, 4, 50, 9)).settings
+    dear = choose(recipe(train={"steps": 200}), CPU, SPRIG, DataFacts(800, 800, 50, 9)).settings
+    assert (cheap.eval_every, dear.eval_every) == (20, 100)
+    assert cheap.save_every == cheap.eval_every
+    assert choose(recipe(train={"eval_every": 0, "steps": 200}), CPU, SPRIG, FACTS).settings.save_every == 20
+    with pytest.raises(UsageError, match=r"train\.eval_every is 5, but no row is held out"):
+        choose(recipe(train={"eval_every": 5}), CPU, SPRIG, DataFacts(800, 0, 50, 9))
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"max_length is 4,096, but the model knows only 2,048") as caught:
+        choose(recipe(train={"max_length": 4096}), CPU, SPRIG, FACTS)
+    assert caught.value.exit_code == 2
+    with pytest.raises(UsageError, match="warmup_steps is 50, but the run has only 13 steps"):
+        choose(recipe(train={"warmup_steps": 50, "epochs": 1}), CPU, SPRIG, DataFacts(100, 10, 50, 1000))
+    with pytest.raises(DataError, match="no row is left"):
+        choose(recipe(), CPU, SPRIG, DataFacts(0, 10, 50, 1000))
+    assert choose(recipe(), CPU, SPRIG, DataFacts(9, 1, 5000, 100)).settings.max_length == 2048
+
+
+def test_what_cannot_fit_is_refused_with_numbers() -> None:
+    """70B: 69.9e9 weights, of which 68.4e9 in the projections: 68.4e9 * 4.127 / 8 + 2.1e9 * 2 bytes = 36.8 GiB."""
+    with pytest.raises(
+        FitError, match=r"not even in 4 bits: the weights take 131 GiB in bf16 and 36\.8 GiB in NF4"
+    ) as caught:
+        choose(recipe(), A10G, LLAMA_70B, FACTS)
+    assert caught.value.exit_code == 4
+    with pytest.raises(FitError, match=r"15 GiB in fp16 .* T4 has 14\.6 GiB") as caught:
+        choose(recipe(quantize="none"), T4, LLAMA_8B, FACTS)
+    assert caught.value.remedy == "quantize: nf4"
+    assert choose(recipe(), H100, LLAMA_70B, FACTS).settings.quantize == "nf4"
+
+
+def test_optimizer_state_of_a_large_adapter() -> None:
+    wide = recipe(adapter={"rank": 256}, quantize="nf4")
+    assert choose(wide, A10G, LLAMA_8B, FACTS).settings.optimizer == "adamw-8bit"  # 671 M parameters, 5 of 22.5 GiB
+    assert choose(wide, CPU_BF16, LLAMA_8B, FACTS).settings.optimizer == "adamw"
+    assert choose(recipe(), A10G, LLAMA_8B, FACTS).settings.optimizer == "adamw"
+
+
+YOUR_VALUES: dict[str, object] = {
+    "rank": 5,
+    "alpha": 7.5,
+    "batch_size": 12,
+    "micro_batch": 4,
+    "learning_rate": 0.03,
+    "warmup_steps": 3,
+    "optimizer": "paged-adamw-8bit",
+    "precision": "fp16",
+    "checkpointing": True,
+    "max_length": 33,
+    "eval_every": 17,
+    "save_every": 19,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sets(st.sampled_from(sorted(YOUR_VALUES))), st.sampled_from(DEVICES), st.integers(1, 10**5), st.integers(0, 500)
+)
+def test_your_values_are_never_changed(names: set[str], device: Device, rows: int, held_out: int) -> None:
+    if "micro_batch" in names:
+        names = names | {"batch_size"}
+    chosen = {name: YOUR_VALUES[name] for name in names}
+    adapter = {name: value for name, value in chosen.items() if name in ("rank", "alpha")}
+    train = {name: value for name, value in chosen.items() if name not in adapter}
+    facts = DataFacts(rows, held_out or 1, 71, rows * 20)
+    plan = choose(recipe(adapter=adapter, train={**train, "steps": 60}), device, SPRIG, facts)
+    for name, value in chosen.items():
+        assert getattr(plan.settings, name) == value
+        decision = plan.decision(f"{'adapter' if name in adapter else 'train'}.{name}")
+        assert decision.value == value
+        assert decision.source.startswith(YOURS)
+    check_sound(plan)
+
+
+def check_sound(plan: Plan) -> None:
+    """What holds of every plan."""
+    got = plan.settings
+    assert got.batch_size % got.micro_batch == 0
+    assert 0 <= got.warmup_steps < got.steps
+    assert got.save_every >= 1
+    assert got.max_length <= SPRIG.max_positions
+    assert plan.trainable_parameters == SPRIG.layers * got.rank * sum(
+        sum(projection_shapes(SPRIG)[t]) for t in got.targets
+    )
+    names = [decision.setting for decision in plan.decisions]
+    assert len(names) == len(set(names))
+    for decision in plan.decisions:
+        assert len(decision.reason) > 5
+        assert decision.source
+    document = as_document(plan)
+    assert json.loads(json.dumps(document)) == document
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(DEVICES), st.integers(1, 10**6), st.integers(0, 10**5), st.integers(1, 10**5), st.integers(1, 10**9)
+)
+def test_every_auto_is_resolved(device: Device, rows: int, held_out: int, longest: int, tokens: int) -> None:
+    check_sound(choose(recipe(), device, SPRIG, DataFacts(rows, held_out, longest, tokens)))
+
+
+def test_every_setting_has_a_decision() -> None:
+    plan = choose(recipe(), CPU, SPRIG, FACTS)
+    decided = {decision.setting.rpartition(".")[2] for decision in plan.decisions}
+    assert set(plan.settings.__dataclass_fields__) - decided == {"device"}  # it is `hardware` there
+
+
+def test_what_the_evidence_is_against_is_questioned() -> None:
+    asked = recipe(
+        adapter={"targets": "attention", "rank": 4000},
+        train={"learning_rate": 0.03, "precision": "fp16", "batch_size": 256},
+    )
+    plan = choose(asked, CPU, SPRIG, FACTS)
+    assert "Evidence is against it" in plan.decision("adapter.targets").reason
+    assert "adds no rank" in plan.decision("adapter.rank").reason
+    assert "more than three times" in plan.decision("train.learning_rate").reason
+    assert "no fast fp16" in plan.decision("train.precision").reason
+    assert "penalty at large batches" in plan.decision("train.batch_size").reason
+
+
+def test_document_has_the_names_that_others_read() -> None:
+    document = as_document(choose(recipe(), CPU, SPRIG, FACTS))
+    assert {"schema", "decisions", "trainable_parameters", "total_parameters"} <= set(document)
+    decisions = document["decisions"]
+    assert isinstance(decisions, list)
+    assert all(set(one) == {"setting", "value", "reason", "source", "rejected"} for one in decisions)
+
+
+def test_table_shows_all_within_100_columns() -> None:
+    from rich.console import Console
+
+    for device, config in ((CPU, SPRIG), (T4, LLAMA_8B)):
+        plan = choose(recipe(), device, config, FACTS)
+        console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(plan_table(plan))
+        text = console.export_text()
+        assert all(len(line.rstrip()) <= 100 for line in text.splitlines())
+        flat = " ".join(text.split())
+        for decision in plan.decisions:
+            assert decision.setting in flat
+            assert decision.reason.split()[-1] in flat
+
+
+def test_from_files_on_this_machine(tiny_llama: Path) -> None:
+    """A model that transformers wrote, on the machine at hand."""
+    config = read_config(tiny_llama)
+    plan = choose(recipe(), this_device(), config, DataFacts(31, 4, 60, 900))
+    assert plan.total_parameters - plan.trainable_parameters == parameters(config)
+    assert plan.settings.targets == PROJECTIONS
+    assert plan.settings.rank <= 32  # k and v have 32 rows
