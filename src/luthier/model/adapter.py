@@ -1,0 +1,161 @@
+"""Adapters on disk, in PEFT's layout: what we write PeftModel loads, and what PEFT wrote we load.
+
+    adapter_config.json          rank, alpha, targets, rsLoRA flag, base model
+    adapter_model.safetensors    base_model.model.<projection>.lora_A.weight (r, I) and .lora_B.weight (O, r), fp32
+
+PEFT has many kinds of adapter; a config that asks for what plain LoRA on the seven projections does not do is refused
+by the name of the key, never loaded as something else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import orjson
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from luthier.errors import ModelError
+from luthier.model.decoder import Decoder
+from luthier.model.lora import LoRA, LoRASpec, add_lora, lora_parameters, projections
+from luthier.runs import read_json, write_json
+
+__all__ = ["load_adapter", "read_adapter_config", "save_adapter"]
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+HARMLESS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("use_rslora", "init_lora_weights", "auto_mapping", "peft_version", "revision", "inference_mode"),
+    *("layers_pattern", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
+)
+"""Keys of PEFT that are read here, or that change nothing in a trained plain LoRA. Any other must be off."""
+
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ do not."""
+
+
+def save_adapter(decoder: Decoder, folder: Path, *, base: str) -> None:
+    """Write the decoder's LoRA into `folder`, each file atomically; `base` is the model that it belongs to.
+
+    Other files in the folder stay. Raises ValueError where the decoder has no LoRA.
+    """
+    spec = _spec_of(decoder)
+    if spec is None:
+        raise ValueError("this decoder has no LoRA to save")
+    folder.mkdir(parents=True, exist_ok=True)
+    masters = {f"{PREFIX}{name}": p.detach().cpu().contiguous() for name, p in lora_parameters(decoder).items()}
+    beside = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
+    with beside.open("wb") as file:
+        file.write(save(masters, metadata={"format": "pt"}))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(folder / WEIGHTS)
+    write_json(
+        folder / CONFIG,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": spec.rank,
+            "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+            "lora_dropout": spec.dropout,
+            "target_modules": list(spec.targets),
+            "use_rslora": spec.scale == "rslora",
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+        },
+    )
+
+
+def read_adapter_config(folder: Path) -> tuple[LoRASpec, str]:
+    """(what the adapter is, the name of its base model). Raises ModelError where it is not a plain LoRA."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {CONFIG}, so it is not an adapter", "Give the folder of a PEFT adapter.")
+    try:
+        document = read_json(path)
+    except orjson.JSONDecodeError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}", "Save or fetch the adapter again.") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{path} does not hold a JSON object", "Save or fetch the adapter again.")
+    _refuse_unknown(document, path)
+    rank, alpha, dropout = document.get("r"), document.get("lora_alpha"), document.get("lora_dropout", 0.0)
+    targets, base = document.get("target_modules"), document.get("base_model_name_or_path")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or not isinstance(dropout, (int, float)):
+        raise ModelError(f"{path}: `r`, `lora_alpha` and `lora_dropout` must be numbers", "Save the adapter again.")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ModelError(f"{path}: `target_modules` must be a list of projection names, not {targets!r}",
+                         "Save the adapter with a list such as [q_proj, v_proj].")  # fmt: skip
+    if rank < 1 or not 0 <= dropout < 1:
+        raise ModelError(
+            f"{path}: `r` is {rank} and `lora_dropout` {dropout}, which cannot be", "Save the adapter again."
+        )
+    scale: Literal["standard", "rslora"] = "rslora" if document.get("use_rslora") else "standard"
+    spec = LoRASpec(rank, float(alpha), float(dropout), tuple(targets), scale)
+    return spec, base if isinstance(base, str) else ""
+
+
+def _refuse_unknown(document: Mapping[str, object], path: Path) -> None:
+    if document.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: `peft_type` is {document.get('peft_type')!r}; only LORA is implemented",
+                         "Use a LoRA adapter.")  # fmt: skip
+    asked = [
+        f"{key}: {value!r}"
+        for key, value in document.items()
+        if key not in HARMLESS and value and not (key == "bias" and value == "none")
+    ]
+    if document.get("init_lora_weights", True) not in PLAIN_INITS:
+        asked.append(f"init_lora_weights: {document['init_lora_weights']!r}")
+    if asked:
+        raise ModelError(
+            f"{path} asks for what plain LoRA does not do: {', '.join(asked)}",
+            "Merge this adapter into its base with PEFT and tune the merged model.",
+        )
+
+
+def _spec_of(decoder: Decoder) -> LoRASpec | None:
+    return next((p.adapter.spec for _, p in projections(decoder) if isinstance(p.adapter, LoRA)), None)
+
+
+def load_adapter(decoder: Decoder, folder: Path) -> None:
+    """Put the adapter in `folder` into `decoder`, adding a LoRA of its kind where there is none.
+
+    Raises ModelError for a LoRA of another kind, and for every tensor that is missing, unexpected or misshaped. Nothing
+    is changed then, but for an added LoRA, which is at zero.
+    """
+    spec, _ = read_adapter_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {WEIGHTS}; pickled adapters (.bin) are not read",
+                         "Load it with PEFT and save it again: PEFT writes safetensors.")  # fmt: skip
+    try:
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "Save or fetch the adapter again.") from error
+    present = _spec_of(decoder)
+    if present is None:
+        add_lora(decoder, spec, seed=0)
+    elif (present.rank, present.targets, present.scaling) != (spec.rank, spec.targets, spec.scaling):
+        raise ModelError(f"{folder} holds {spec}, the model has {present}", "Load the base model anew.")
+    masters = lora_parameters(decoder)
+    problems = [f"{name}: missing" for name in masters if name not in tensors]
+    problems += [f"{name}: no such place in this model" for name in tensors if name not in masters]
+    problems += [
+        f"{name}: {tuple(tensor.shape)}, this model needs {tuple(masters[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in masters and masters[name].shape != tensor.shape
+    ]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ModelError(f"the adapter {folder} does not fit this model:\n{listed}", "Use it with its own base model.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            masters[name].copy_(tensor)

@@ -1,0 +1,208 @@
+"""The decoder of the Llama-shaped families (llama, mistral, qwen2, qwen3), in one readable file.
+
+    h = embed(ids)
+    per layer:  h = h + attention(norm(h));  h = h + mlp(norm(h))
+    logits = norm(h) W_head'
+
+Families differ in flags of ModelConfig (biases, QK-norm, sliding window, RoPE scaling, tied head), never in code
+paths of their own. Parameter names are Hugging Face's, so a checkpoint's tensors find their places by name.
+Numbers follow transformers: norms and rotary angles in fp32, everything else in the weights' dtype, no autocast.
+
+Legend: T tokens of all documents one after another, S cached tokens, D hidden size, H heads, K key heads, d head size,
+V vocabulary. There is no batch dimension and no padding: `lengths` says how T divides into documents, each of which
+starts at position 0 and sees itself only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from luthier.kernels import REFERENCE, Kernels
+from luthier.model.cache import Cache
+from luthier.model.config import ModelConfig, projection_shapes
+from luthier.model.projection import Projection
+from luthier.model.rope import RopeTable
+
+__all__ = ["Decoder"]
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """What all layers share in one forward: the rotary tables of the tokens, and the documents or the cache."""
+
+    cos: Tensor  # (T, d)
+    sin: Tensor
+    lengths: tuple[int, ...]
+    cache: Cache | None
+
+
+class _Norm(nn.Module):
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.eps, self.kernels = eps, kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+class _Attention(nn.Module):
+    q_proj: Projection
+    k_proj: Projection
+    v_proj: Projection
+    o_proj: Projection
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels, linear: type[Projection]) -> None:
+        super().__init__()
+        self.layer, self.kernels, self.head_dim = layer, kernels, config.head_dim
+        self.window = config.layer_window(layer)
+        shapes = projection_shapes(config)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            bias = config.output_bias if name == "o_proj" else config.attention_bias
+            self.add_module(name, linear(shapes[name][1], shapes[name][0], bias))
+        self.q_norm = _Norm(config.head_dim, config.norm_eps, kernels) if config.qk_norm else None
+        self.k_norm = _Norm(config.head_dim, config.norm_eps, kernels) if config.qk_norm else None
+
+    def forward(self, x_TD: Tensor, positions: _Positions) -> Tensor:
+        heads = (x_TD.shape[0], -1, self.head_dim)
+        q_THd: Tensor = self.q_proj(x_TD).view(heads)
+        k_TKd: Tensor = self.k_proj(x_TD).view(heads)
+        v_TKd: Tensor = self.v_proj(x_TD).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THd, k_TKd = self.q_norm(q_THd), self.k_norm(k_TKd)
+        kernels = self.kernels
+        q_THd = kernels.rope(q_THd, positions.cos, positions.sin)
+        k_TKd = kernels.rope(k_TKd, positions.cos, positions.sin)
+        if positions.cache is None:
+            o_THd = kernels.attention(q_THd, k_TKd, v_TKd, positions.lengths, self.window)
+        else:
+            k_SKd, v_SKd = positions.cache.extend(self.layer, k_TKd, v_TKd)
+            o_THd = kernels.cached_attention(q_THd, k_SKd, v_SKd, self.window)
+        o_TD: Tensor = self.o_proj(o_THd.flatten(1))
+        return o_TD
+
+
+class _MLP(nn.Module):
+    gate_proj: Projection
+    up_proj: Projection
+    down_proj: Projection
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, linear: type[Projection]) -> None:
+        super().__init__()
+        self.kernels = kernels
+        shapes = projection_shapes(config)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            self.add_module(name, linear(shapes[name][1], shapes[name][0], config.mlp_bias))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.down_proj(self.kernels.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return y_TD
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels, linear: type[Projection]) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config, layer, kernels, linear)
+        self.mlp = _MLP(config, kernels, linear)
+        self.input_layernorm = _Norm(config.hidden_size, config.norm_eps, kernels)
+        self.post_attention_layernorm = _Norm(config.hidden_size, config.norm_eps, kernels)
+
+    def forward(self, h_TD: Tensor, positions: _Positions) -> Tensor:
+        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), positions)
+        out_TD: Tensor = h_TD + self.mlp(self.post_attention_layernorm(h_TD))
+        return out_TD
+
+
+class _Table(nn.Module):
+    """A frozen (V, D) matrix: the embedding, or the head where it is not the embedding."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size), requires_grad=False)
+
+
+class _Body(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: Kernels, linear: type[Projection]) -> None:
+        super().__init__()
+        self.embed_tokens = _Table(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Layer(config, layer, kernels, linear) for layer in range(config.layers))
+        self.norm = _Norm(config.hidden_size, config.norm_eps, kernels)
+
+
+class Decoder(nn.Module):
+    """A causal language model with frozen weights. Made empty (see load_decoder for one with weights).
+
+    `checkpointing` True recomputes each layer in the backward pass instead of keeping what is inside it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels = REFERENCE, linear: type[Projection] = Projection
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.checkpointing = False
+        self.model = _Body(config, kernels, linear)
+        self.lm_head = None if config.tied else _Table(config.vocab_size, config.hidden_size)
+        self._rope = RopeTable(config)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D), the matrix that makes logits; the embedding itself where the two are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    def hidden(self, ids_T: Tensor, lengths: tuple[int, ...] | None = None, cache: Cache | None = None) -> Tensor:
+        """h_TD after the final norm.
+
+        `lengths` are the documents' token counts (None: one document). With a `cache`, ids_T continues the one document
+        that it holds, and the cache then holds these tokens too. Raises ValueError where lengths and ids disagree.
+        """
+        positions = self._positions(ids_T, lengths, cache)
+        h_TD = functional.embedding(ids_T, self.model.embed_tokens.weight)
+        recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
+        for layer in self.model.layers:
+            h_TD = checkpoint(layer, h_TD, positions, use_reentrant=False) if recompute else layer(h_TD, positions)
+        if cache is not None:
+            cache.length += ids_T.shape[0]
+        out_TD: Tensor = self.model.norm(h_TD)
+        return out_TD
+
+    def logits(self, h_TD: Tensor) -> Tensor:
+        """l_TV in the compute dtype."""
+        return functional.linear(h_TD, self.head_weight)
+
+    def forward(self, ids_T: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
+        """l_TV, the logits of the token after each."""
+        return self.logits(self.hidden(ids_T, lengths))
+
+    def _positions(self, ids_T: Tensor, lengths: tuple[int, ...] | None, cache: Cache | None) -> _Positions:
+        total = ids_T.shape[0]
+        if cache is not None:
+            if lengths is not None:
+                raise ValueError("a cache holds one document: give no lengths with it")
+            start, end = cache.length, cache.length + total
+            cos_Pd, sin_Pd = self._rope.get(end, ids_T.device, self.dtype)
+            return _Positions(cos_Pd[start:end], sin_Pd[start:end], (total,), cache)
+        lengths = (total,) if lengths is None else lengths
+        if ids_T.ndim != 1 or sum(lengths) != total or min(lengths, default=0) < 1:
+            raise ValueError(f"documents of {lengths} tokens do not make up ids of the shape {tuple(ids_T.shape)}")
+        cos_Pd, sin_Pd = self._rope.get(max(lengths), ids_T.device, self.dtype)
+        if len(lengths) == 1:
+            return _Positions(cos_Pd[:total], sin_Pd[:total], lengths, None)
+        position_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_T.device)
+        return _Positions(cos_Pd[position_T], sin_Pd[position_T], lengths, None)

@@ -1,0 +1,100 @@
+"""Safetensors into a decoder, one tensor at a time.
+
+The decoder is made on torch's meta device, where it costs nothing. Before anything is read, the headers of all shards
+are compared with it, and every missing, unexpected or misshaped tensor is reported at once. Then shard by shard each
+tensor is copied (converted to the compute dtype, moved to the device, quantised) and its file mapping dropped, so the
+peak is the weights and one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from luthier.errors import ModelError
+from luthier.model.config import read_config
+from luthier.model.decoder import Decoder
+from luthier.model.locate import weight_files
+from luthier.model.projection import Projection
+
+__all__ = ["load_decoder"]
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The safetensors dtypes that hold plain weights."""
+
+
+def load_decoder(
+    folder: Path, *, dtype: torch.dtype, device: str = "cpu", quantize: Literal["none", "nf4"] = "none"
+) -> Decoder:
+    """The model in `folder`, frozen and in eval mode, computing in `dtype` (float32, float16 or bfloat16).
+
+    `quantize="nf4"` holds the projections of the layers in 4 bits (embedding, head and norms stay in `dtype`).
+    Raises ModelError where the folder's files and its config do not agree.
+    """
+    config = read_config(folder)
+    files = weight_files(folder)
+    linear: type[Projection] = Projection
+    if quantize == "nf4":  # bitsandbytes takes a second to import: only those who quantise pay
+        from luthier.model.quantize import NF4Linear
+
+        linear = NF4Linear
+    with torch.device("meta"):
+        decoder = Decoder(config, linear=linear)
+    shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    _check(folder, files, shapes, config.tied)
+    with torch.inference_mode(False):
+        for file in files:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  (not a dict)
+                    if name in shapes:
+                        _place(decoder, name, shard.get_tensor(name), dtype, torch.device(device))
+    return decoder.eval()
+
+
+def _place(decoder: Decoder, name: str, stored: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Copy one tensor into the decoder; `stored` is a view of the file's mapping and must not be kept."""
+    tensor = stored.to(device=device, dtype=dtype, copy=True)
+    owner_name, _, attribute = name.rpartition(".")
+    owner = decoder.get_submodule(owner_name)
+    if isinstance(owner, Projection):
+        owner.assign(attribute, tensor)
+    else:
+        setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def _ignored(name: str, tied: bool) -> bool:
+    """Tensors that old checkpoints carry and nobody reads: rotary tables, and the copy of a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _check(folder: Path, files: tuple[Path, ...], shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+    problems: list[str] = []
+    seen: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  (not a dict)
+                    part = shard.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    if name in shapes:
+                        seen.add(name)
+                        if shape != shapes[name]:
+                            problems.append(f"{name}: {shape} in {file.name}, the config asks for {shapes[name]}")
+                        elif part.get_dtype() not in FLOATS:
+                            problems.append(f"{name}: {part.get_dtype()} in {file.name}, which is not a plain weight")
+                    elif not _ignored(name, tied):
+                        problems.append(f"{name}: {shape} in {file.name} is not part of this model")
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name} cannot be read: {error}")
+    problems += [f"{name}: {shape} is missing" for name, shape in shapes.items() if name not in seen]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ModelError(
+            f"the weights in {folder} do not fit its config.json, {len(problems)} problem(s):\n{listed}",
+            "Fetch the model again; a folder that was edited by hand needs all of its files from one source.",
+        )

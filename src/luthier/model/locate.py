@@ -1,0 +1,143 @@
+"""A model's name -> the folder with its files. No torch here.
+
+`sprig` is the model bundled with the package; a path is a folder in Hugging Face's layout; anything else is an id on
+the Hugging Face hub, of which the safetensors, JSON and tokenizer files are fetched into the hub's own cache (never
+pickled weights, never code). The config comes first, so that a family that is not supported costs no long download.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import orjson
+
+from luthier.errors import ModelError
+from luthier.model.config import read_config
+from luthier.runs import read_json
+
+__all__ = ["BUNDLED", "locate_model", "weight_files"]
+
+BUNDLED = "sprig"
+"""The name of the model that comes with the package."""
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a model, shards in the order of their names.
+
+    Raises ModelError where there are none, some are missing, or only pickled weights are there.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        return _shards(index)
+    if (folder / SINGLE).is_file():
+        return (folder / SINGLE,)
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{folder} has only pickled weights ({', '.join(pickled[:3])}); opening a pickle can run code",
+            "Convert it once, where you trust it: transformers' AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder) writes safetensors.",
+        )
+    raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}", "Fetch the model again with its weights.")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        document = read_json(index)
+    except orjson.JSONDecodeError as error:
+        raise ModelError(f"{index} is not valid JSON: {error}", "Fetch the model again.") from error
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no `weight_map`", "Fetch the model again.")
+    names = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{index} names {len(missing)} of {len(names)} files that are not there: {', '.join(missing[:5])}",
+            "Fetch the model again: its download was not completed.",
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def locate_model(name: str) -> Path:
+    """The folder of the model `name`: `sprig`, a folder, or a hub id (fetched where it is not yet in the cache).
+
+    Raises ModelError where it cannot be had: no such folder or id, no network, gated, pickled weights only, or of a
+    family that is not supported.
+    """
+    if name == BUNDLED:
+        folder = Path(__file__).resolve().parent.parent / "assets" / BUNDLED
+        if not folder.is_dir():
+            raise ModelError("this installation of luthier lacks its bundled model", "Install the package again.")
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        read_config(folder)
+        weight_files(folder)
+        return folder
+    if folder.exists():
+        raise ModelError(f"the model {name} is a file", "Give the folder that holds config.json and the weights.")
+    if name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
+        raise ModelError(f"there is no folder {name}", f"Give a folder, an id on the Hugging Face hub, or {BUNDLED}.")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    folder = _fetch(name, SMALL_FILES)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} on the hub has no config.json", "Choose a model in transformers' layout.")
+    read_config(folder)
+    folder = _fetch(name, SMALL_FILES + WEIGHT_FILES)
+    if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        raise ModelError(
+            f"{name} on the hub has no safetensors weights; pickled ones (.bin, .pt) are not read, "
+            "since opening a pickle can run code",
+            "Choose a copy of it in safetensors, or convert it once, where you trust it: transformers' "
+            f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(folder) writes safetensors.",
+        )
+    weight_files(folder)
+    return folder
+
+
+def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
+    """Files of a hub repository, from the cache where they are there. The one boundary to huggingface_hub's errors."""
+    from huggingface_hub import constants, get_token, snapshot_download  # half a second: only for hub ids
+    from huggingface_hub import errors as hub
+
+    page = f"{constants.ENDPOINT}/{name}"
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except hub.GatedRepoError as error:
+        how = "log in with `hf auth login`" if get_token() is None else "use a token of an account that has access"
+        raise ModelError(f"the model {name} is gated: its makers ask you to accept their terms first",
+                         f"Accept them on {page}, then {how}, and run this again.") from error  # fmt: skip
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+        raise ModelError(
+            f"there is no folder {name}, and no model of this name on the Hugging Face hub (or it is private)",
+            f"Check the name at {page}; for a private model log in with `hf auth login`.",
+        ) from error
+    except hub.LocalEntryNotFoundError as error:
+        offline = isinstance(error.__cause__, hub.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if offline
+            else f"the hub cannot be reached ({_first_line(error.__cause__ or error)})"
+        )
+        raise ModelError(
+            f"the model {name} is neither a folder nor in the hub's cache on this machine, and {why}",
+            f"Connect once and run this again, copy the model's folder here, or use the bundled `model: {BUNDLED}`.",
+        ) from error
+    except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's own root error
+        raise ModelError(f"fetching the model {name} failed: {_first_line(error)}",
+                         "Run this again: what was fetched is kept.") from error  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
