@@ -4,8 +4,8 @@ from importlib.metadata import distributions
 
 HEAD = """\
 # The versions that `make demo`, `make test` and CI install (pip reads this as constraints: it pins what is installed,
-# and installs nothing by itself). Refresh with `make lock`. Some libraries have left Python 3.10 behind: there, pip picks
-# their newest release that still runs on it."""
+# and installs nothing by itself). Refresh with `make lock`. Some libraries have left Python 3.10 behind: there, pip
+# picks their newest release that still runs on it."""
 
 # Ours, pip's own, and the CUDA packages that some builds of torch bring and others do not.
 LEFT_OUT = ("luthier", "pip", "setuptools", "wheel", "nvidia-", "cuda-", "triton")

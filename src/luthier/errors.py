@@ -109,7 +109,7 @@ class ExportError(LuthierError):
     exit_code = 6
 
 
-class Interrupted(LuthierError):
+class Interrupted(LuthierError):  # noqa: N818  (it names what happened, as KeyboardInterrupt does)
     """A signal stopped the run after a checkpoint was saved."""
 
     exit_code = 75

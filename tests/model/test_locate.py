@@ -154,7 +154,7 @@ def test_a_gated_model_without_a_token(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_gated_model_with_a_token_that_was_not_granted(hub: Hub, tmp_path: Path) -> None:
-    answer = locate("maker/gated", tmp_path, hub.port, HF_TOKEN="hf_not_a_real_one")  # noqa: S106
+    answer = locate("maker/gated", tmp_path, hub.port, HF_TOKEN="hf_not_a_real_one")
     assert answer["cause"] == "GatedRepoError"
     assert "account that has access" in answer["remedy"]
 

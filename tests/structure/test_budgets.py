@@ -15,7 +15,11 @@ LONGEST_FUNCTION = 60
 MOST_ARGUMENTS = 7
 
 # "path" or "path:function" -> why it is longer. The file itself must say it at its top too.
-EXEMPT: dict[str, str] = {}
+_COMMAND = "a command's arguments are its command line, each documented where it stands"
+EXEMPT: dict[str, str] = {
+    "src/luthier/cli/commands.py:generate": _COMMAND,
+    "src/luthier/cli/commands.py:chat": _COMMAND,
+}
 
 
 def name_of(file: Path) -> str:
@@ -36,11 +40,9 @@ def test_budgets(file: Path) -> None:
         lines = (node.end_lineno or node.lineno) - node.lineno + 1
         names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         count = len([n for n in names if n not in ("self", "cls")])
-        # A typer command's arguments are its command line: each is documented where it stands.
-        is_command = any("command" in ast.unparse(d) for d in node.decorator_list)
         if lines > LONGEST_FUNCTION:
             over.append(f"{name_of(file)}:{node.lineno}: {node.name} has {lines} lines")
-        if count > MOST_ARGUMENTS and not is_command:
+        if count > MOST_ARGUMENTS:
             over.append(f"{name_of(file)}:{node.lineno}: {node.name} has {count} arguments")
     assert not over, "\n".join(over)
 

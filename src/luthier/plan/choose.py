@@ -72,10 +72,8 @@ def choose(recipe: Recipe, device: Device, config: ModelConfig, facts: DataFacts
     recompute = choose_checkpointing(recipe, weights, device)
     evaluate = choose_eval_every(recipe, steps.value, batch.value, facts.eval_rows)
     save = choose_save_every(recipe, steps.value, evaluate.value)
-    where = f"{device.memory_gib:.3g} GiB, {device.cores} cores, fast in {', '.join(device.fast)}."
     decisions: tuple[Decision[object], ...] = (
-        Decision("model", recipe.model, f"{parameters(config):,} parameters, of the {config.family} family.", YOURS),
-        Decision("hardware", device.name, where, "the probe of this machine"),
+        *_given(recipe, device, config),
         *(precision, quantize, targets, rank, alpha, rate, length, batch, micro, epochs, steps, warmup),
         *(optimizer, recompute, evaluate, save),
         *as_given(recipe),
@@ -105,3 +103,13 @@ def choose(recipe: Recipe, device: Device, config: ModelConfig, facts: DataFacts
         device=device.kind,
     )
     return Plan(settings, decisions, device, trainable, parameters(config) + trainable)
+
+
+def _given(recipe: Recipe, device: Device, config: ModelConfig) -> tuple[Decision[object], ...]:
+    """What everything rests on: the model and the machine."""
+    model = f"{parameters(config):,} parameters, of the {config.family} family."
+    machine = f"{device.memory_gib:.3g} GiB, {device.cores} cores, fast in {', '.join(device.fast)}."
+    return (
+        Decision("model", recipe.model, model, YOURS),
+        Decision("hardware", device.name, machine, "the probe of this machine"),
+    )

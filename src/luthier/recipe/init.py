@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections.abc import Mapping
-from importlib.resources import files
+from pathlib import Path
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -19,8 +19,9 @@ from luthier.recipe.document import read_document, write_document
 from luthier.recipe.expects import described, is_section, section_of, unit
 from luthier.recipe.schema import BUNDLED_MODEL, Recipe
 
-__all__ = ["commented_recipe", "list_presets", "load_preset"]
+__all__ = ["commented_recipe", "list_presets", "load_preset", "preset_file"]
 
+PRESETS = Path(__file__).resolve().parent / "presets"
 _WIDTH = 110
 _HEAD = """\
 # A Luthier recipe. `luthier plan` says what it will do and why, `luthier run` does it.
@@ -32,14 +33,14 @@ _HEAD = """\
 def list_presets() -> dict[str, str]:
     """Name -> what it is for, in a line, of every bundled preset."""
     found = {}
-    for file in sorted(files("luthier.recipe").joinpath("presets").iterdir(), key=lambda one: one.name):
+    for file in sorted(PRESETS.iterdir(), key=lambda one: one.name):
         if file.name.endswith(".yaml"):
             found[file.name.removesuffix(".yaml")] = _about(file.read_text(encoding="utf-8"))
     return found
 
 
-def load_preset(name: str) -> str:
-    """The text of a preset.
+def preset_file(name: str) -> Path:
+    """The file of a preset: a recipe like any other.
 
     Raises:
         UsageError: there is none of that name.
@@ -49,7 +50,12 @@ def load_preset(name: str) -> str:
         near = difflib.get_close_matches(name, list(known), n=1)
         remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise UsageError(f"there is no preset {name!r}", remedy)
-    return files("luthier.recipe").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+    return PRESETS / f"{name}.yaml"
+
+
+def load_preset(name: str) -> str:
+    """The text of a preset. Raises what `preset_file` raises."""
+    return preset_file(name).read_text(encoding="utf-8")
 
 
 def commented_recipe(data: str | None, model: str | None, preset: str | None) -> str:

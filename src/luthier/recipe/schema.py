@@ -30,7 +30,7 @@ __all__ = [
 
 BUNDLED_MODEL = "sprig"
 BUNDLED_DATA = ("pirate", "tales")
-KNOWN_TASKS = ("pirate",)
+KNOWN_TASKS = ("pirate", "exact")
 """The names of evaluate's task table; a test there holds the two equal."""
 
 Auto: TypeAlias = Literal["auto"]
@@ -61,7 +61,7 @@ class DataSource(_Section):
     format: FormatName = Field("auto", description="The layout of its rows; auto: recognised by their keys.")
     fields: dict[Text, Text] = Field(
         default_factory=dict,
-        description="Where your rows name their keys otherwise: your name, then the format's, as in {ask: question}.",
+        description="Where your rows name their keys otherwise: the format's name, then yours, as in {question: ask}.",
     )
     split: Literal["all", "train", "eval", "test"] = Field(
         "all", description="What these rows are for; all: cut by the fractions under `split`."
