@@ -1,0 +1,244 @@
+"""Text to token ids, with one promise: what a row says never becomes a special token.
+
+A chat template writes control tokens (`<|eot_id|>`) as text, and the content it writes them around may hold the same
+text: in a row about chat formats, or in one made to break out of its turn. Once both stand in one string, no tokenizer
+can tell them apart. So:
+
+    1. `guard` breaks every control token inside contents with a mark, a character that stands nowhere in them;
+    2. the template renders the guarded contents, so that an unbroken control token is the template's own;
+    3. `encode_guarded` writes the template's own as secret strings, takes the marks out, and encodes the text with a
+       twin of the tokenizer that knows only the secret strings: contents meet a tokenizer without control tokens.
+
+Most rows hold no control token in their contents; they have no mark and are encoded by the tokenizer itself in batches.
+The result is what the tokenizer makes of each text between the template's control tokens, merges included.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from luthier.data.conversation import Turn
+from luthier.data.jinja_chat import render_chat
+from luthier.errors import DataError, ModelError
+
+__all__ = ["ChatTokenizer", "load_tokenizer"]
+
+_PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xF1000))
+"""Code points that Unicode gives no meaning to: where a mark is taken from."""
+
+
+class ChatTokenizer:
+    """A model folder's fast tokenizer, with its special tokens, stop ids and chat template.
+
+    Attributes:
+        folder: where it came from.
+        special: the special tokens by the names templates use (`bos_token`, `eos_token`, …).
+        bos_id: the id of `bos_token`, None where the tokenizer has none.
+        eos_ids: every id that ends generation: of generation_config.json, config.json and the tokenizer, in this order.
+        chat_template: the model's jinja chat template, or None.
+        adds_bos: whether the tokenizer puts BOS before plain text by itself.
+        controls: text -> id of the tokens that contents can never become: the special ones and the ends of turns.
+    """
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        folder: Path,
+        special: Mapping[str, str | list[str]],
+        eos_ids: Sequence[int],
+        chat_template: str | None,
+    ) -> None:
+        # A tokenizer.json may carry a length to cut at or to pad to; both would change data silently.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.folder = folder
+        self.special = dict(special)
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.chat_template = chat_template
+        bos = self.special.get("bos_token")
+        self.bos_id: int | None = backend.token_to_id(bos) if isinstance(bos, str) else None
+        self.adds_bos = self.bos_id is not None and self.bos_id in backend.encode("a").ids[:1]
+        added = backend.get_added_tokens_decoder()
+        # A control token of one character could not be broken by a mark inside it.
+        self.controls: dict[str, int] = {
+            token.content: number
+            for number, token in added.items()
+            if len(token.content) > 1 and (token.special or number in self.eos_ids)
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, added tokens included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos_token(self) -> str | None:
+        """The text of the token that ends a document: the tokenizer's own, else the model's first stop id."""
+        own = self.special.get("eos_token")
+        if isinstance(own, str):
+            return own
+        return self._backend.id_to_token(self.eos_ids[0]) if self.eos_ids else None
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token by its text, None where there is none."""
+        return self._backend.token_to_id(text)
+
+    def token_text(self, number: int) -> str | None:
+        """A token's text by its id, None where there is none."""
+        return self._backend.id_to_token(number)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`, nothing put around it. With `special`, control tokens in it are taken for what they are."""
+        if special or not self.control_pattern.search(text):
+            return self._backend.encode(text, add_special_tokens=False).ids
+        mark, (guarded,) = self.guard([text])
+        return self.encode_guarded(guarded, mark)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`; with `skip_special`, special tokens are left out of it."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, control tokens taken for what they are; in parallel."""
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
+        """The turns as the model's own chat template writes them.
+
+        Raises:
+            DataError: the model has no chat template, or the template refuses the turns.
+        """
+        if self.chat_template is None:
+            raise DataError(f"the model in {self.folder} has no chat template", "set `template: alpaca`, or a text")
+        return render_chat(self.chat_template, turns, generation_prompt=generation_prompt, special=self.special)
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches any control token, the longest first."""
+        longest_first = sorted(self.controls, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of the control tokens."""
+        return frozenset(self.controls.values())
+
+    def guard(self, contents: Sequence[str], *, edges: bool = False) -> tuple[str, list[str]]:
+        """Break the control tokens in `contents`: the mark ("" where there was nothing to break), the new contents.
+
+        With `edges` every content gets a mark at both ends too: for a template that puts contents where they
+        could make a control token with its own text or with each other (`<{title}>`), see `completable`.
+        """
+        if not edges and not any(self.control_pattern.search(content) for content in contents):
+            return "", list(contents)
+        used = set().union(*contents)
+        mark = next((chr(point) for point in _PRIVATE if chr(point) not in used), "")
+        if not mark:
+            raise DataError("a row uses every private code point of Unicode", "remove it")
+        edge = mark if edges else ""
+        return mark, [edge + self._broken(content, mark) + edge for content in contents]
+
+    def _broken(self, content: str, mark: str) -> str:
+        # Again until nothing is left: breaking one token can leave another that overlapped it.
+        while self.control_pattern.search(content):
+            content = self.control_pattern.sub(lambda found: found[0][0] + mark + found[0][1:], content)
+        return content
+
+    def completable(self, pieces: Sequence[str]) -> bool:
+        """Whether contents standing between these pieces of a template's text could make a control token with them.
+
+        A piece may end like a control token begins, begin like one ends, or stand inside one: a piece that is empty,
+        so that one content follows another, always does.
+        """
+        return any(
+            any(piece.endswith(control[:k]) for piece in pieces[:-1])
+            or any(piece.startswith(control[k:]) for piece in pieces[1:])
+            or any(piece in control[1:-1] for piece in pieces[1:-1])
+            for control in self.controls
+            for k in range(1, len(control))
+        )
+
+    def encode_guarded(self, text: str, mark: str) -> list[int]:
+        """Ids of a text rendered from guarded contents, with the `mark` that `guard` gave."""
+        if not mark:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        twin, secret_of, id_of = self._twin
+        told = self.control_pattern.sub(lambda found: secret_of[found[0]], text).replace(mark, "")
+        return [id_of.get(number, number) for number in twin.encode(told, add_special_tokens=False).ids]
+
+    @cached_property
+    def _twin(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
+        """The tokenizer with secret texts for its control tokens; control text -> secret; the twin's ids -> real ids.
+
+        The secret is drawn at random, so no row can be written to contain it; it never shows in any result.
+        """
+        document = json.loads(self._backend.to_str())
+        document["post_processor"] = None  # it names special tokens, and adds nothing here
+        secret = secrets.token_hex(8)
+        secret_of: dict[str, str] = {}
+        real: dict[str, int] = {}
+        for token in document["added_tokens"]:
+            number, content = token["id"], token["content"]
+            if content in self.controls:
+                token["content"] = secret_of[content] = f"\ufdd0{secret}.{number}\ufdd1"
+                token["normalized"] = False
+            real[token["content"]] = number
+        twin = Tokenizer.from_str(json.dumps(document))
+        # A token that was in the model's own vocabulary under its old text gets a new id at the end.
+        found = {content: twin.token_to_id(content) for content in real}
+        return twin, secret_of, {at: real[content] for content, at in found.items() if at is not None}
+
+
+def _eos_ids(folder: Path) -> list[int]:
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"{path} is not a JSON object", "download the model again") from error
+        listed = value if isinstance(value, list) else [value]
+        found += [number for number in listed if isinstance(number, int)]
+    return found
+
+
+def load_tokenizer(folder: Path) -> ChatTokenizer:
+    """The tokenizer of a model folder. Nothing is downloaded and no code of the model's is run.
+
+    Raises:
+        ModelError: there is no tokenizer, it cannot be read, or it is not of the fast kind.
+    """
+    from transformers import AutoTokenizer  # here: it takes a second, and most of this module does without
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json)", "put the model's tokenizer files there")
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the one place where transformers' and tokenizers' many kinds of error are mapped
+        message = f"the tokenizer in {folder} cannot be loaded: {error}"
+        raise ModelError(message, "check that its files are complete; a model's own code is not run") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelError(f"the tokenizer in {folder} has no tokenizer.json", "convert it to a fast tokenizer")
+    special = {
+        name: value
+        for name, value in loaded.special_tokens_map.items()
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+    }
+    eos_ids = _eos_ids(folder)
+    if isinstance(loaded.eos_token_id, int):
+        eos_ids.append(loaded.eos_token_id)
+    template = loaded.chat_template
+    if isinstance(template, dict):  # several named ones; "default" is the one for plain chats
+        template = template.get("default")
+    return ChatTokenizer(backend, folder, special, eos_ids, template if isinstance(template, str) else None)
