@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, tasks, base against tuned."""

@@ -1,0 +1,223 @@
+"""What happened, as typed values: one line of `events.jsonl` each, and one call of a listener each.
+
+The loop makes events; `EventLog` writes them to the run directory, a `Listener` (the terminal display, a tracker, a
+test) is told them. Field names are a public interface: add, never rename.
+
+Units: `time` is seconds since 1970 (UTC); `seconds` a duration; `loss` nats per labelled token; `tokens` real tokens
+of the step's documents (prompts and answers; there is no padding); memory in GiB (2^30 bytes).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol, cast
+
+import orjson
+
+from luthier.errors import TrainingError
+from luthier.runs import write_text
+
+__all__ = [
+    "EndEvent",
+    "EvalEvent",
+    "Event",
+    "EventLog",
+    "InterruptEvent",
+    "Listener",
+    "SaveEvent",
+    "StartEvent",
+    "StepEvent",
+    "WarningEvent",
+    "forget_after",
+    "tell",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartEvent:
+    """The loop begins at `step` (0, or where a resumed run goes on) of `steps`."""
+
+    event: Literal["start"] = "start"
+    step: int
+    time: float = field(default_factory=time.time)
+    steps: int
+    train_rows: int
+    eval_rows: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """One optimizer step was applied; `step` counts from 1. `grad_norm` is the global L2 norm before clipping.
+
+    `epoch` is how many times the training rows have been seen. On CUDA the memory figures are the step's peaks; on
+    MPS what is held now; on a CPU all three are the process's resident set.
+    """
+
+    event: Literal["step"] = "step"
+    step: int
+    time: float = field(default_factory=time.time)
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    epoch: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    memory_active_gib: float
+    memory_allocated_gib: float
+    memory_reserved_gib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalEvent:
+    """The held-out loss after `step` updates; `best` says whether it is the lowest of the trained steps so far."""
+
+    event: Literal["eval"] = "eval"
+    step: int
+    time: float = field(default_factory=time.time)
+    loss: float
+    perplexity: float
+    tokens: int
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveEvent:
+    """A checkpoint is complete on disk: `checkpoint` is its folder's name."""
+
+    event: Literal["save"] = "save"
+    step: int
+    time: float = field(default_factory=time.time)
+    checkpoint: Literal["last", "best"]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningEvent:
+    """Something a user should know that does not stop the run."""
+
+    event: Literal["warning"] = "warning"
+    step: int
+    time: float = field(default_factory=time.time)
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterruptEvent:
+    """A signal stopped the run after `step` updates; the checkpoint `last` is of that step."""
+
+    event: Literal["interrupt"] = "interrupt"
+    step: int
+    time: float = field(default_factory=time.time)
+    signal: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndEvent:
+    """All steps are done. `adapter_from` and `adapter_step` say which checkpoint became the run's adapter."""
+
+    event: Literal["end"] = "end"
+    step: int
+    time: float = field(default_factory=time.time)
+    seconds: float
+    tokens: int
+    first_eval: float | None
+    last_eval: float | None
+    best_eval: float | None
+    adapter_from: Literal["best", "last"]
+    adapter_step: int
+
+
+Event = StartEvent | StepEvent | EvalEvent | SaveEvent | WarningEvent | InterruptEvent | EndEvent
+
+
+class Listener(Protocol):
+    """Is told each event as it happens, in order. `close` comes last, also when the run fails or is interrupted."""
+
+    def on_start(self, event: StartEvent) -> None: ...
+    def on_step(self, event: StepEvent) -> None: ...
+    def on_eval(self, event: EvalEvent) -> None: ...
+    def on_save(self, event: SaveEvent) -> None: ...
+    def on_warning(self, event: WarningEvent) -> None: ...
+    def on_interrupt(self, event: InterruptEvent) -> None: ...
+    def on_end(self, event: EndEvent) -> None: ...
+    def close(self) -> None: ...
+
+
+def tell(listener: Listener, event: Event) -> None:
+    """Call the method of `listener` that is for this kind of event."""
+    match event:
+        case StartEvent():
+            listener.on_start(event)
+        case StepEvent():
+            listener.on_step(event)
+        case EvalEvent():
+            listener.on_eval(event)
+        case SaveEvent():
+            listener.on_save(event)
+        case WarningEvent():
+            listener.on_warning(event)
+        case InterruptEvent():
+            listener.on_interrupt(event)
+        case EndEvent():
+            listener.on_end(event)
+
+
+class EventLog:
+    """Appends events to `events.jsonl`, each line flushed to the system as it is written, so that it can be followed.
+
+    A number that JSON does not have (an infinite perplexity) is written as null.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path) -> Iterator[EventLog]:
+        """A log that appends to `path`, closed when the block ends."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            yield cls(file)
+
+    def write(self, event: Event) -> None:
+        """Append one line."""
+        self._file.write(orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.flush()
+
+
+def forget_after(path: Path, step: int, evaluated: int | None) -> None:
+    """Drop from the log what a run resumed after `step` updates will do again, so that each happens once in it.
+
+    That is everything of later steps, evaluations after the step `evaluated` (None: all), and the end. A last line
+    without its newline is what a killed process leaves; it is dropped too. Raises TrainingError, naming the line, when
+    any other line is not an event.
+    """
+    if not path.exists():
+        return
+    *lines, _torn = path.read_bytes().split(b"\n")
+    kept: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        happened, at = _kind_and_step(line, path, number)
+        last = step if happened != "eval" else -1 if evaluated is None else min(step, evaluated)
+        if at <= last and happened != "end":
+            kept.append(line.decode() + "\n")
+    write_text(path, "".join(kept))
+
+
+def _kind_and_step(line: bytes, path: Path, number: int) -> tuple[str, int]:
+    remedy = "move the run directory away and train again, or remove the line"
+    try:
+        found = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise TrainingError(f"{path}:{number}: not an event: {error}", remedy) from error
+    if not isinstance(found, dict) or not isinstance(found.get("event"), str) or not isinstance(found.get("step"), int):
+        raise TrainingError(f"{path}:{number}: not an event: it has no `event` and `step`", remedy)
+    event = cast("dict[str, object]", found)
+    return str(event["event"]), cast(int, event["step"])

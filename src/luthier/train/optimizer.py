@@ -1,0 +1,151 @@
+"""The optimizer of the adapter's parameters, and its state as plain tensors.
+
+AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2), β = (0.9, 0.999), ε = 1e-8, from two libraries:
+
+    adamw               torch, fused into one kernel where the device has it; two fp32 moments, 8 bytes a parameter
+    adamw-8bit          bitsandbytes, both moments in blockwise 8 bit (Dettmers et al. 2022, arXiv:2110.02861)
+    paged-adamw-8bit    the same, its moments in memory that CUDA may page to the host (QLoRA, arXiv:2305.14314)
+
+bitsandbytes keeps tensors below 4,096 elements in fp32, and on a CPU quietly makes a paged optimizer an ordinary one;
+we refuse instead of doing something else than was asked. State goes into checkpoints as named tensors
+(`<parameter>/<moment>`), never as a pickled state_dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from luthier.errors import TrainingError, UsageError
+from luthier.plan.settings import Optimizer as OptimizerName
+
+if TYPE_CHECKING:
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+__all__ = ["load_state", "make_optimizer", "state_tensors"]
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+DEVICES: dict[OptimizerName, tuple[str, ...]] = {
+    "adamw": ("cpu", "cuda", "mps"),
+    "adamw-8bit": ("cpu", "cuda"),
+    "paged-adamw-8bit": ("cuda",),
+}
+"""Where each one really exists (bitsandbytes 0.49–0.50: no 8-bit optimizer kernel for MPS, no paging but on CUDA)."""
+_CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' code books: one tensor that all parameters share, made anew on loading
+
+
+def make_optimizer(
+    name: OptimizerName, parameters: Mapping[str, torch.nn.Parameter], *, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimizer over `parameters`, in their order. Raises UsageError where their device has no such one."""
+    leaves = list(parameters.values())
+    device = leaves[0].device.type
+    if device not in DEVICES[name]:
+        able = ", ".join(other for other, devices in DEVICES.items() if device in devices)
+        raise UsageError(
+            f"train.optimizer: {name} needs {' or '.join(DEVICES[name])}, and this run is on {device}",
+            f"set train.optimizer to one of: {able}",
+        )
+    if name == "adamw":
+        return torch.optim.AdamW(
+            leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
+        )
+    return _eight_bit(leaves, learning_rate, weight_decay, paged=name == "paged-adamw-8bit")
+
+
+def _eight_bit(
+    leaves: list[torch.nn.Parameter], learning_rate: float, weight_decay: float, *, paged: bool
+) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # here: it takes a second to import
+
+    kind = PagedAdamW8bit if paged else AdamW8bit
+    made: torch.optim.Optimizer = kind(leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
+    return made
+
+
+def state_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as CPU tensors named `<parameter>/<key>`; a plain number becomes an int64 scalar.
+
+    Empty before the first update. On a CPU they are the live tensors, not copies: write them before the next update.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key in _CONSTANT:
+                continue
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+            tensors[f"{name}/{key}"] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Put back what `state_tensors` gave. Raises TrainingError when names or shapes are not this optimizer's."""
+    if not tensors:
+        return
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        if parameter not in by_parameter:
+            raise _foreign(f"it has {name}, which is no parameter of this adapter")
+        by_parameter[parameter][key] = tensor
+    for name, state in by_parameter.items():
+        if not state:
+            raise _foreign(f"it has nothing for {name}")
+    if isinstance(optimizer, torch.optim.AdamW):
+        _load_torch(optimizer, parameters, by_parameter)
+    else:
+        _load_eight_bit(optimizer, parameters, by_parameter)
+
+
+def _foreign(what: str) -> TrainingError:
+    return TrainingError(
+        f"the checkpoint's optimizer state does not belong to this run: {what}",
+        "move the run directory away and train again",
+    )
+
+
+def _load_torch(
+    optimizer: torch.optim.AdamW,
+    parameters: Mapping[str, torch.nn.Parameter],
+    by_parameter: Mapping[str, dict[str, torch.Tensor]],
+) -> None:
+    for name, parameter in parameters.items():
+        shapes = {key: tuple(tensor.shape) for key, tensor in by_parameter[name].items()}
+        expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+        if shapes != expected:
+            raise _foreign(f"{name} has {shapes}, expected {expected}")
+    # load_state_dict keeps the very tensors it is given: copies, lest two optimizers share their moments
+    copied = [{key: tensor.clone() for key, tensor in by_parameter[name].items()} for name in parameters]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(enumerate(copied)), "param_groups": groups})
+
+
+def _load_eight_bit(
+    optimizer: Optimizer8bit,
+    parameters: Mapping[str, torch.nn.Parameter],
+    by_parameter: Mapping[str, dict[str, torch.Tensor]],
+) -> None:
+    # Its own load_state_dict would copy paged moments into ordinary memory; buffers it made itself stay paged.
+    (group,) = optimizer.param_groups
+    for index, (name, parameter) in enumerate(parameters.items()):
+        optimizer.init_state(group, parameter, 0, index)
+        state, saved = optimizer.state[parameter], by_parameter[name]
+        if set(state) - set(_CONSTANT) != set(saved):
+            raise _foreign(f"{name} has {sorted(saved)}, expected {sorted(set(state) - set(_CONSTANT))}")
+        for key, tensor in saved.items():
+            buffer = state[key]
+            if not isinstance(buffer, torch.Tensor):
+                state[key] = int(tensor.item())
+            elif buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                raise _foreign(f"{name}/{key} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(buffer.shape)}")
+            else:
+                buffer.copy_(tensor)

@@ -1,0 +1,237 @@
+"""What the loop does to a run between two steps: one method each, each leaving the state whole and its event told."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NoReturn
+
+from luthier.data.batches import Batches
+from luthier.errors import Interrupted, TrainingError
+from luthier.evaluate.loss import held_out_loss
+from luthier.model.adapter import load_adapter
+from luthier.model.decoder import Decoder
+from luthier.model.lora import LoRASpec, add_lora, lora_parameters
+from luthier.plan.settings import Settings
+from luthier.runs import RunDirectory, atomic_folder
+from luthier.train.checkpoint import Identity, Progress, TrainingRows, read_progress, recover, save_checkpoint
+from luthier.train.events import (
+    EndEvent,
+    EvalEvent,
+    Event,
+    EventLog,
+    InterruptEvent,
+    Listener,
+    SaveEvent,
+    StartEvent,
+    StepEvent,
+    WarningEvent,
+    tell,
+)
+from luthier.train.memory import memory_now, reset_peaks
+from luthier.train.optimizer import make_optimizer
+from luthier.train.schedule import learning_rate
+from luthier.train.step import NOT_FINITE, StepError, StepResult, Trainee, make_scaler, take_step
+
+__all__ = ["Session", "make_trainee"]
+
+
+def make_trainee(decoder: Decoder, settings: Settings) -> Trainee:
+    """Add the LoRA that `settings` ask for, seeded, and make its optimizer and loss scaler."""
+    spec = LoRASpec(settings.rank, settings.alpha, settings.dropout, settings.targets, settings.scale)
+    add_lora(decoder, spec, settings.seed)
+    decoder.checkpointing = settings.checkpointing
+    decoder.train()
+    parameters = lora_parameters(decoder)
+    optimizer = make_optimizer(
+        settings.optimizer, parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    return Trainee(decoder, parameters, optimizer, make_scaler(settings.device, settings.precision))
+
+
+@dataclass
+class Session:
+    """One sitting of a run: from its start, or where it is resumed, to its end or interruption."""
+
+    trainee: Trainee
+    dataset: TrainingRows
+    settings: Settings
+    run: RunDirectory
+    identity: Identity
+    progress: Progress
+    log: EventLog
+    listener: Listener
+    _saved: int | None = field(init=False)  # the step of the checkpoint `last` on disk
+
+    def __post_init__(self) -> None:
+        self._saved = self.progress.step if self.progress.step > 0 else None
+
+    def tell(self, event: Event) -> None:
+        """Write the event down, then tell the listener."""
+        self.log.write(event)
+        tell(self.listener, event)
+
+    def start(self) -> None:
+        """Say what is about to be trained."""
+        self.tell(
+            StartEvent(
+                step=self.progress.step,
+                steps=self.settings.steps,
+                train_rows=len(self.dataset.train),
+                eval_rows=len(self.dataset.eval),
+                trainable_parameters=sum(leaf.numel() for leaf in self.trainee.parameters.values()),
+            )
+        )
+
+    def step(self, batches: Batches) -> None:
+        """One optimizer step, with the micro-batches and the learning rate of its number.
+
+        Raises TrainingError, naming step, rows and last checkpoint, before anything is updated.
+        """
+        done, device = self.progress.step, self.trainee.decoder.device
+        rate = self._set_learning_rate(done)
+        reset_peaks(device)
+        began = time.perf_counter()
+        try:
+            result = take_step(self.trainee, batches.step(done), self.settings.clip)
+        except StepError as error:
+            where = _places(self.dataset, error.rows)
+            raise TrainingError(f"step {done + 1}: {error.what}{self._last_good()}; {where}", error.remedy) from error
+        seconds = time.perf_counter() - began
+        self.progress = replace(
+            self.progress,
+            step=done + 1,
+            tokens=self.progress.tokens + result.tokens,
+            seconds=self.progress.seconds + seconds,
+        )
+        if result.halvings:
+            times = f"{result.halvings} times" if result.halvings > 1 else "once"
+            self.tell(WarningEvent(step=done + 1, message=f"fp16 overflow: loss scale halved {times}, step redone"))
+        self._tell_step(result, rate, batches.epoch(done + 1), seconds)
+
+    def _set_learning_rate(self, done: int) -> float:
+        settings = self.settings
+        rate = learning_rate(
+            settings.schedule,
+            done=done,
+            peak=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            steps=settings.steps,
+        )
+        for group in self.trainee.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _tell_step(self, result: StepResult, rate: float, epoch: float, seconds: float) -> None:
+        memory = memory_now(self.trainee.decoder.device)
+        self.tell(
+            StepEvent(
+                step=self.progress.step,
+                loss=result.loss,
+                learning_rate=rate,
+                grad_norm=result.grad_norm,
+                epoch=epoch,
+                tokens=result.tokens,
+                tokens_per_second=result.tokens / seconds,
+                seconds=seconds,
+                memory_active_gib=memory.active,
+                memory_allocated_gib=memory.allocated,
+                memory_reserved_gib=memory.reserved,
+            )
+        )
+
+    def evaluation_is_due(self) -> bool:
+        """At step 0, every `eval_every` steps and after the last, once each, where rows are held out."""
+        step, every = self.progress.step, self.settings.eval_every
+        now = step in (0, self.settings.steps) or (every > 0 and step % every == 0)
+        return now and bool(self.dataset.eval) and self.progress.evaluated != step
+
+    def evaluate(self) -> None:
+        """Measure the held-out loss; the lowest after step 0 is kept as the checkpoint `best`."""
+        began, before, step = time.perf_counter(), self.progress, self.progress.step
+        held_out = held_out_loss(self.trainee.decoder, self.dataset.eval)
+        seconds = time.perf_counter() - began
+        if not math.isfinite(held_out.loss):
+            raise TrainingError(f"step {step}: the held-out loss is not finite{self._last_good()}", NOT_FINITE)
+        best = step > 0 and (before.best_eval is None or held_out.loss < before.best_eval)
+        self.progress = replace(
+            before,
+            seconds=before.seconds + seconds,
+            evaluated=step,
+            first_eval=held_out.loss if step == 0 else before.first_eval,
+            last_eval=held_out.loss,
+            best_eval=held_out.loss if best else before.best_eval,
+            best_step=step if best else before.best_step,
+        )
+        self.tell(
+            EvalEvent(
+                step=step,
+                loss=held_out.loss,
+                perplexity=held_out.perplexity,
+                tokens=held_out.tokens,
+                seconds=seconds,
+                best=best,
+            )
+        )
+        if best:
+            self.save("best")
+
+    def save_is_due(self) -> bool:
+        """Every `save_every` steps and after the last, once each."""
+        step, every = self.progress.step, self.settings.save_every
+        return step not in (0, self._saved) and (step == self.settings.steps or (every > 0 and step % every == 0))
+
+    def save(self, checkpoint: Literal["last", "best"]) -> None:
+        """Write a whole checkpoint in the place of the one before it."""
+        began = time.perf_counter()
+        save_checkpoint(self.run.checkpoints / checkpoint, self.trainee, self.progress, self.identity)
+        if checkpoint == "last":
+            self._saved = self.progress.step
+        self.tell(SaveEvent(step=self.progress.step, checkpoint=checkpoint, seconds=time.perf_counter() - began))
+
+    def interrupt(self, received: signal.Signals) -> NoReturn:
+        """Save and raise Interrupted."""
+        self.save("last")
+        step = self.progress.step
+        self.tell(InterruptEvent(step=step, signal=received.name))
+        raise Interrupted(
+            f"{received.name}: stopped after step {step} of {self.settings.steps}, the checkpoint is saved",
+            "run the same command again with --resume to go on from there",
+        )
+
+    def finish(self) -> EndEvent:
+        """Make the adapter of the checkpoint `best` (`last` where nothing was held out) the run's and the decoder's."""
+        chosen: Literal["best", "last"] = "last" if self.progress.best_step is None else "best"
+        folder = self.run.checkpoints / chosen
+        recover(folder)
+        of = read_progress(folder)  # its own word: a GPU may find a slightly different best when a run is resumed
+        with atomic_folder(self.run.adapter) as beside:
+            shutil.copytree(folder / "adapter", beside, dirs_exist_ok=True)
+        load_adapter(self.trainee.decoder, self.run.adapter)
+        self.trainee.decoder.eval()
+        self.progress = replace(self.progress, best_eval=of.best_eval, best_step=of.best_step)
+        end = EndEvent(
+            step=self.progress.step,
+            seconds=self.progress.seconds,
+            tokens=self.progress.tokens,
+            first_eval=self.progress.first_eval,
+            last_eval=self.progress.last_eval,
+            best_eval=of.best_eval,
+            adapter_from=chosen,
+            adapter_step=of.step,
+        )
+        self.tell(end)
+        return end
+
+    def _last_good(self) -> str:
+        return "" if self._saved is None else f"; the last checkpoint, of step {self._saved}, is whole"
+
+
+def _places(dataset: TrainingRows, rows: Sequence[int], shown: int = 20) -> str:
+    """Where the rows of a batch stand in the user's files."""
+    listed = ", ".join(str(dataset.places[row]) for row in rows[:shown])
+    return f"the rows of the batch: {listed}" + (f" and {len(rows) - shown} more" if len(rows) > shown else "")
