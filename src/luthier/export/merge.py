@@ -1,0 +1,212 @@
+"""Base + adapter -> a model of its own, in the base's layout.
+
+    W' = W + s B A        per adapted projection, summed in fp32 and rounded once to the output dtype
+
+W is taken from the base's files as they are, never from weights that were quantised for training: merging into rounded
+weights and rounding again loses what the adapter learned. One shard is in memory at a time. Tensors without an adapter
+are copied, bit for bit where the dtype stays.
+
+The folder gets the template that was trained as its chat template, and the template's stop tokens as those of
+`generate`, so that whoever loads it asks in the trained form and the answer ends.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import orjson
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier.data.render import Template
+from luthier.errors import ExportError
+from luthier.model.adapter import PREFIX, WEIGHTS, read_adapter_config
+from luthier.model.config import ModelConfig, read_config
+from luthier.model.locate import INDEX, weight_files
+from luthier.model.lora import merge_delta
+from luthier.runs import atomic_folder, read_json, write_json, write_text
+
+__all__ = ["DTYPES", "MergeDtype", "Merged", "merge", "write_tokenizer"]
+
+MergeDtype = Literal["bf16", "fp16", "fp32"]
+
+DTYPES: Mapping[str, tuple[torch.dtype, str]] = {
+    "bf16": (torch.bfloat16, "bfloat16"),
+    "fp16": (torch.float16, "float16"),
+    "fp32": (torch.float32, "float32"),
+}
+"""Name -> torch's dtype and what config.json calls it."""
+
+COPIED = (
+    *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
+)
+"""Files of the base that go along as they are: its tokenizer, and its licence, which binds the merged model too."""
+
+A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A folder that was written: `merged` projections got their update, of `tensors` in `files` weight files."""
+
+    folder: Path
+    dtype: MergeDtype
+    tensors: int
+    merged: int
+    files: int
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The two factors of one projection."""
+
+    A: Tensor
+    B: Tensor
+
+
+def merge(
+    base: Path, adapter: Path, out: Path, template: Template, *, dtype: MergeDtype = "bf16", card: str = ""
+) -> Merged:
+    """Write base + adapter to the folder `out`, atomically; `card` is its README.md where there is one.
+
+    `template` is the one that was trained. Raises ExportError where adapter and base do not belong together, listing
+    every tensor, and where a merged value does not fit the dtype.
+    """
+    config = read_config(base)
+    files = weight_files(base)
+    updates, scaling = _read_adapter(adapter)
+    _check(base, files, updates)
+    total_tensors = total_bytes = 0
+    weight_map: dict[str, str] = {}
+    with atomic_folder(out) as folder:
+        for file in files:
+            shard, metadata = _merged_shard(file, config, updates, scaling, DTYPES[dtype][0])
+            save_file(shard, folder / file.name, metadata=metadata)
+            total_tensors += len(shard)
+            total_bytes += sum(tensor.nbytes for tensor in shard.values())
+            weight_map |= dict.fromkeys(shard, file.name)
+        if (base / INDEX).is_file():
+            write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        _write_configs(base, folder, template, DTYPES[dtype][1])
+        write_tokenizer(base, folder, template)
+        if card:
+            write_text(folder / "README.md", card)
+    return Merged(out, dtype, total_tensors, len(updates), len(files))
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, _Update], float]:
+    """(weight name in the base -> its two factors, s)."""
+    spec, _ = read_adapter_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ExportError(f"{folder} has no {WEIGHTS}", "train again, or give the folder of a whole adapter")
+    try:
+        stored = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} cannot be read: {error}", "train again, or save the adapter again") from error
+    owners = {name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in stored}
+    whole = {owner for owner in owners if owner + A_SUFFIX in stored and owner + B_SUFFIX in stored}
+    if stray := sorted(name for name in stored if name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) not in whole):
+        raise ExportError(f"{path} holds tensors that are no pair of LoRA factors:\n" + _listed(stray),
+                          "save the adapter again; only plain LoRA can be merged")  # fmt: skip
+    updates = {f"{owner}.weight": _Update(stored[owner + A_SUFFIX], stored[owner + B_SUFFIX]) for owner in whole}
+    return updates, spec.scaling
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _check(base: Path, files: tuple[Path, ...], updates: Mapping[str, _Update]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    problems = [f"{name}: the base has no such weight" for name in sorted(updates) if name not in shapes]
+    for name, update in sorted(updates.items()):
+        made = (update.B.shape[0], update.A.shape[1])
+        if name in shapes and (shapes[name] != made or update.A.shape[0] != update.B.shape[1]):
+            problems.append(f"{name}: {shapes[name]} in the base, {made} in the adapter")
+    if problems:
+        raise ExportError(
+            f"the adapter does not fit the base in {base}, {len(problems)} problem(s):\n" + _listed(problems),
+            "give the base that the adapter was trained on (adapter_config.json names it)",
+        )
+
+
+def _merged_shard(
+    file: Path, config: ModelConfig, updates: Mapping[str, _Update], scaling: float, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    with safe_open(file, framework="pt") as shard:
+        metadata = dict(shard.metadata() or {}) | {"format": "pt"}
+        for name in shard.keys():  # noqa: SIM118  (not a dict)
+            # A tied head is the embedding; a copy of it that an old base carries is read by nobody.
+            if config.tied and name == "lm_head.weight":
+                continue
+            stored, update = shard.get_tensor(name), updates.get(name)
+            if update is not None:
+                summed = stored.float() + merge_delta(update.A, update.B, scaling)
+                tensors[name] = _rounded(name, summed, dtype)
+            else:
+                tensors[name] = _rounded(name, stored, dtype) if stored.is_floating_point() else stored
+    return tensors, metadata
+
+
+def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`; the same tensor where it is in it already."""
+    rounded = values.to(dtype)
+    if rounded is not values and not bool(torch.isfinite(rounded).all()):
+        raise ExportError(f"{name} holds values that are not finite in {dtype}", "merge in bf16 or fp32")
+    return rounded.contiguous()
+
+
+def _object(path: Path) -> dict[str, object]:
+    """The JSON object at `path`, empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path)
+    except orjson.JSONDecodeError as error:
+        raise ExportError(f"{path} is not valid JSON: {error}", "fetch the base again") from error
+    if not isinstance(found, dict):
+        raise ExportError(f"{path} does not hold a JSON object", "fetch the base again")
+    return found
+
+
+def _write_configs(base: Path, folder: Path, template: Template, dtype: str) -> None:
+    stops = list(template.stop_ids)
+    config = _object(base / "config.json")
+    config.pop("torch_dtype", None)  # transformers' old name for the same key
+    config |= {"dtype": dtype, "eos_token_id": stops}
+    write_json(folder / "config.json", config)
+    generation = _object(base / "generation_config.json")
+    bos = template.tokenizer.bos_id
+    if bos is not None:
+        generation.setdefault("bos_token_id", bos)
+    generation |= {"eos_token_id": stops}
+    # Without one transformers warns and takes the end token; it is only ever masked.
+    generation.setdefault("pad_token_id", config.get("pad_token_id") or stops[0])
+    write_json(folder / "generation_config.json", generation)
+
+
+def write_tokenizer(base: Path, folder: Path, template: Template) -> None:
+    """Put the base's tokenizer into `folder`, with the template that was trained as its chat template."""
+    for name in COPIED:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    settings = _object(base / "tokenizer_config.json")
+    source, eos = template.chat_template_source, template.tokenizer.eos_token
+    settings["chat_template"] = source  # read by older programs; transformers itself reads the .jinja file
+    if not settings.get("eos_token") and eos is not None:
+        settings["eos_token"] = eos
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "chat_template.jinja", source)

@@ -1,0 +1,108 @@
+"""From the logits of one position to one token.
+
+The steps and their order are those of transformers' `generate`: repetition penalty, then, unless the choice is greedy,
+temperature, top-k, top-p, softmax, one draw.
+
+    penalty   l_v <- l_v / p where l_v > 0, l_v * p where l_v < 0, for every token v seen so far (prompt included)
+              (Keskar et al. 2019, CTRL, section 4.1, in the sign-aware form that transformers uses)
+    top-k     only the k largest logits stay (Fan et al. 2018)
+    top-p     only the smallest set of likeliest tokens whose probabilities sum to p stays (Holtzman et al. 2020)
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luthier.errors import UsageError
+
+__all__ = ["GREEDY", "SamplingSpec", "make_generator", "sample", "shape_logits"]
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How tokens are drawn. Raises UsageError for values that mean nothing.
+
+    `temperature` 0 takes the likeliest token always; then `top_p` and `top_k` have no effect, and the seed none either.
+    `top_k` 0 and `top_p` 1 let every token stay. `repetition_penalty` 1 changes nothing, above 1 makes tokens
+    seen already less likely.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong: list[str] = []
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            wrong.append(f"temperature is {self.temperature}, it must be 0 or more")
+        if not 0 <= self.top_p <= 1:
+            wrong.append(f"top-p is {self.top_p}, it must lie between 0 and 1")
+        if self.top_k < 0:
+            wrong.append(f"top-k is {self.top_k}, it must be 0 (all) or more")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            wrong.append(f"repetition penalty is {self.repetition_penalty}, it must be above 0 (1: none)")
+        if wrong:
+            raise UsageError("; ".join(wrong), "Usual: temperature 0.7, top-p 0.9, top-k 0, penalty 1.")
+
+
+GREEDY = SamplingSpec()
+"""Always the likeliest token."""
+
+
+def make_generator(spec: SamplingSpec, device: torch.device) -> torch.Generator:
+    """The source of chance for one answer, on the device of the logits."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(spec.seed)
+    return generator
+
+
+def _penalised(logits_V: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    seen = torch.tensor(sorted(set(history)), dtype=torch.long, device=logits_V.device)
+    chosen = logits_V[seen]
+    return logits_V.index_copy(0, seen, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
+
+
+def _top_k(logits_V: Tensor, k: int) -> Tensor:
+    least = torch.topk(logits_V, min(k, logits_V.numel())).values[-1]
+    return logits_V.masked_fill(logits_V < least, -math.inf)
+
+
+def _top_p(logits_V: Tensor, p: float) -> Tensor:
+    # From the least likely upwards: what lies in the lower 1-p of the mass goes, so the token that crosses p stays.
+    rising, order = torch.sort(logits_V)
+    below = rising.softmax(-1).cumsum(-1) <= 1 - p
+    below[-1] = False  # the likeliest token stays whatever p is
+    return logits_V.masked_fill(torch.zeros_like(below).scatter(0, order, below), -math.inf)
+
+
+def shape_logits(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec) -> Tensor:
+    """The fp32 logits [V] from which the token is drawn: -inf where a token is ruled out. `logits_V` is not changed."""
+    shaped_V = logits_V.float()
+    if spec.repetition_penalty != 1.0 and history:
+        shaped_V = _penalised(shaped_V, history, spec.repetition_penalty)
+    if spec.temperature == 0:
+        return shaped_V
+    if spec.temperature != 1.0:
+        shaped_V = shaped_V / spec.temperature
+    if spec.top_k:
+        shaped_V = _top_k(shaped_V, spec.top_k)
+    if spec.top_p < 1.0:
+        shaped_V = _top_p(shaped_V, spec.top_p)
+    return shaped_V
+
+
+def sample(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec, generator: torch.Generator) -> int:
+    """One token id drawn from `logits_V` [V]; `history` is every id before it, prompt included."""
+    shaped_V = shape_logits(logits_V, history, spec)
+    if spec.temperature == 0:
+        return int(shaped_V.argmax())
+    return int(torch.multinomial(shaped_V.softmax(-1), 1, generator=generator))

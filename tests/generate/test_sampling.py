@@ -1,0 +1,100 @@
+"""Sampling against transformers' own logits processors, alone and in its order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from luthier.errors import UsageError
+from luthier.generate.sampling import SamplingSpec, make_generator, sample, shape_logits
+
+HISTORY = (3, 17, 17, 2, 90, 40)
+
+
+def reference(spec: SamplingSpec, logits: torch.Tensor, history: tuple[int, ...]) -> torch.Tensor:
+    """What transformers' generate builds for these settings, in its order."""
+    steps = LogitsProcessorList()
+    if spec.repetition_penalty != 1.0:
+        steps.append(RepetitionPenaltyLogitsProcessor(spec.repetition_penalty))
+    if spec.temperature not in (0.0, 1.0):
+        steps.append(TemperatureLogitsWarper(spec.temperature))
+    if spec.temperature and spec.top_k:
+        steps.append(TopKLogitsWarper(spec.top_k))
+    if spec.temperature and spec.top_p < 1.0:
+        steps.append(TopPLogitsWarper(spec.top_p))
+    return steps(torch.tensor([history]), logits[None].clone())[0]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SamplingSpec(temperature=0.0, repetition_penalty=1.3),
+        SamplingSpec(temperature=0.7),
+        SamplingSpec(temperature=1.0, top_k=7),
+        SamplingSpec(temperature=1.0, top_p=0.83),
+        SamplingSpec(temperature=1.0, top_p=0.0),
+        SamplingSpec(temperature=1.0, top_k=5000),
+        SamplingSpec(temperature=1.6, top_p=0.9, top_k=11, repetition_penalty=0.8),
+        SamplingSpec(temperature=0.3, top_p=0.5, top_k=50, repetition_penalty=1.7),
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_logits_are_those_of_transformers(spec: SamplingSpec, seed: int) -> None:
+    logits = torch.randn(101, generator=torch.Generator().manual_seed(seed)) * 4
+    before = logits.clone()
+    # The same operations in the same order on the same fp32 values: no rounding to allow for.
+    assert torch.equal(shape_logits(logits, HISTORY, spec), reference(spec, logits, HISTORY))
+    assert torch.equal(logits, before)
+
+
+def test_ties_at_the_edge_of_top_k_stay_as_in_transformers() -> None:
+    logits = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5])
+    spec = SamplingSpec(temperature=1.0, top_k=2)
+    assert torch.equal(shape_logits(logits, (), spec), reference(spec, logits, (0,)))
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.3])
+    spec = SamplingSpec(temperature=1.3, top_k=3, seed=5)
+    generator = make_generator(spec, torch.device("cpu"))
+    drawn = torch.tensor([sample(logits, (), spec, generator) for _ in range(4000)])
+    wanted = shape_logits(logits, (), spec).softmax(-1)
+    share = torch.bincount(drawn, minlength=5) / len(drawn)
+    # Four standard deviations of a share of 4000 draws are at most 4 * sqrt(0.25 / 4000) = 0.032.
+    assert (share - wanted).abs().max() < 0.032
+    assert share[1] == 0
+    assert share[3] == 0
+
+
+def test_the_seed_decides() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+
+    def drawn(seed: int) -> list[int]:
+        spec = SamplingSpec(temperature=1.0, seed=seed)
+        generator = make_generator(spec, torch.device("cpu"))
+        return [sample(logits, (), spec, generator) for _ in range(20)]
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 1.1}, "top-p"),
+        ({"top_k": -1}, "top-k"),
+        ({"repetition_penalty": 0.0}, "repetition penalty"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(settings: dict[str, float], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        SamplingSpec(**settings)  # type: ignore[arg-type]
