@@ -1,0 +1,230 @@
+"""Every command of `luthier`: its options and help. What a command does stands in `stages`, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier.cli import console
+from luthier.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from luthier.cli.stages import Prepared
+    from luthier.recipe.schema import Recipe
+
+__all__ = ["register"]
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (luthier init writes one).")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Tuned = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, an adapter, or a merged model's folder.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="RUN", help="The run directory (default: runs/ and the name of the recipe)."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe, e.g. train.steps=60. Repeatable."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=5.0, help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest tokens; 0: from all.")]
+Penalty = Annotated[
+    float, typer.Option("--repetition-penalty", min=0.01, max=10.0, help="Above 1: tokens seen already count less.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after this many tokens, whatever happens.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed and settings give the same answer.")]
+System = Annotated[str | None, typer.Option("--system", help="A system message before the conversation.")]
+BaseOnly = Annotated[bool, typer.Option("--base", help="Ask the base model instead, without the adapter.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add every command to `app`, in the order in which people meet them."""
+    for function in (demo, init, presets, plan, train, run, evaluate, merge, export, generate, chat):
+        app.command(name="eval" if function is evaluate else function.__name__)(function)
+
+
+def _load(recipe: Path, sets: list[str] | None) -> Recipe:
+    from luthier.recipe.load import load_recipe
+
+    return load_recipe(recipe, sets or ())
+
+
+def _start(recipe: Path, out: Path | None, sets: list[str] | None) -> tuple[Prepared, RunDirectory]:
+    """What the recipe means here, and the run directory it goes to."""
+    from luthier.cli import stages
+
+    loaded = _load(recipe, sets)
+    directory = RunDirectory(Path("runs") / recipe.stem if out is None else out)
+    return stages.prepare(loaded), directory
+
+
+def _exported(document: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        console.print_json(document)
+    else:
+        console.say(f"wrote {document['path']}")
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", metavar="RUN", help="Where to; runs/demo if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tune the bundled model to talk like a pirate, on this machine, and show before and after. About four minutes."""
+    from luthier.cli import demo as script
+
+    script.run(out, as_json)
+
+
+def init(
+    data: Annotated[str | None, typer.Option(help="Your rows: a JSONL file, or pirate or tales.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base: a hub id, a folder, or sprig.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from a preset (luthier presets lists them).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write here instead of to stdout.")] = None,
+) -> None:
+    """Write a recipe with every setting explained."""
+    from luthier.errors import UsageError
+    from luthier.recipe.init import commented_recipe
+    from luthier.runs import write_text
+
+    text = commented_recipe(data, model, preset)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if out.exists():
+        raise UsageError(f"{out} is there already", "choose another name with --out, or remove it first")
+    write_text(out, text)
+    console.say(f"wrote {out}. Next: luthier plan {out}, then luthier run {out}")
+
+
+def presets(as_json: Json = False) -> None:
+    """List the bundled recipes."""
+    from luthier.recipe.init import list_presets
+
+    found = list_presets()
+    if as_json:
+        console.print_json([{"name": name, "about": about} for name, about in found.items()])
+        return
+    shown = console.table("", "preset", "what it is for")
+    for name, about in found.items():
+        shown.add_row(name, about)
+    console.output.print(shown)
+    console.say("start from one: luthier init --preset NAME --data rows.jsonl --out recipe.yaml")
+
+
+def plan(recipe: RecipeFile, sets: Sets = None, as_json: Json = False) -> None:
+    """Say what a recipe will do on this machine and why, before any weights are loaded."""
+    from luthier.cli import show, stages
+    from luthier.plan.explain import plan_table
+    from luthier.plan.plan import as_document
+
+    prepared = stages.prepare(_load(recipe, sets))
+    if as_json:
+        console.print_json(as_document(prepared.plan))
+    else:
+        show.data(prepared)
+        console.output.print(plan_table(prepared.plan))
+
+
+def train(
+    recipe: RecipeFile, out: Out = None, resume: Resume = False, sets: Sets = None, as_json: Json = False
+) -> None:
+    """Tune an adapter as the recipe says."""
+    from luthier.cli import stages
+
+    prepared, directory = _start(recipe, out, sets)
+    result = stages.train(prepared, directory, resume=resume)
+    if as_json:
+        console.print_json(stages.train_document(result))
+    else:
+        console.say(f"next: luthier eval {directory.path}, or luthier chat {directory.path}")
+
+
+def run(recipe: RecipeFile, out: Out = None, resume: Resume = False, sets: Sets = None, as_json: Json = False) -> None:
+    """Do all of it: plan, data, train, evaluate, merge, export."""
+    from luthier.cli import show, stages
+
+    prepared, directory = _start(recipe, out, sets)
+    document = stages.run_all(prepared, directory, resume=resume)
+    if as_json:
+        console.print_json(document)
+    else:
+        show.ending(directory, document)
+
+
+def evaluate(run: RunFolder, as_json: Json = False) -> None:
+    """Hold base against tuned on rows that were not trained on."""
+    from luthier.cli import show, stages
+
+    directory, prepared = stages.reopen(run)
+    document = stages.evaluate(prepared, directory)
+    if as_json:
+        console.print_json(document)
+    else:
+        show.evaluation(document)
+
+
+def merge(run: RunFolder, as_json: Json = False) -> None:
+    """Merge the adapter into the unquantised base, in 16-bit, as a folder that transformers loads."""
+    from luthier.cli import exporting, stages
+
+    directory, prepared = stages.reopen(run)
+    _exported(exporting.export(prepared, directory, "hf", None), as_json)
+
+
+def export(
+    run: RunFolder,
+    to: Annotated[str, typer.Option("--to", metavar="KIND", help="hf, gguf or ollama.")],
+    quantize: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="For gguf and ollama: f16 or q8_0. [gguf: f16, ollama: q8_0]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tuned model for another program: transformers, llama.cpp or Ollama."""
+    from luthier.cli import exporting, stages
+
+    directory, prepared = stages.reopen(run)
+    _exported(exporting.export(prepared, directory, to, quantize), as_json)
+
+
+def generate(
+    run: Tuned,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask; - reads it from standard input.")],
+    system: System = None,
+    base: BaseOnly = False,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    max_tokens: MaxTokens = 256,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt, as it comes."""
+    from luthier.cli import talk
+    from luthier.generate.sampling import SamplingSpec
+
+    spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed)
+    talk.answer_once(talk.open_target(run, base_only=base), prompt, system, talk.Limits(spec, max_tokens), as_json)
+
+
+def chat(
+    run: Tuned,
+    system: System = None,
+    base: BaseOnly = False,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    max_tokens: MaxTokens = 512,
+    seed: Seed = 0,
+) -> None:
+    """Talk with the tuned model. /reset forgets, /quit ends, Ctrl-C stops an answer."""
+    from luthier.cli import talk
+    from luthier.generate.sampling import SamplingSpec
+
+    spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed)
+    talk.converse(talk.open_target(run, base_only=base), system, talk.Limits(spec, max_tokens))

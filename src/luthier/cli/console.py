@@ -1,0 +1,84 @@
+"""Where words go: results to stdout, progress and messages to stderr; one JSON document on stdout with `--json`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from luthier.errors import LuthierError
+
+__all__ = ["Advance", "counting", "output", "print_error", "print_json", "say", "table", "waiting"]
+
+output = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
+
+Advance = Callable[[int, int], None]
+"""Called with (done, of how many) as work goes on."""
+
+
+def say(text: str) -> None:
+    """A message to the user, on stderr."""
+    messages.print(text)
+
+
+def print_json(document: object) -> None:
+    """The one JSON document of a command with `--json`."""
+    sys.stdout.buffer.write(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    sys.stdout.buffer.flush()
+
+
+def print_error(error: LuthierError) -> None:
+    """What happened, where, and what to try next; never a traceback."""
+    messages.print(f"[bold red]error:[/] {_plain(error.message)}")
+    if error.remedy:
+        messages.print(f"  [bold]try:[/] {_plain(error.remedy)}")
+
+
+def _plain(text: str) -> str:
+    """Square brackets in a message are text, not rich markup."""
+    return text.replace("[", r"\[")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show that something is being done that cannot be counted."""
+    if messages.is_terminal:
+        with messages.status(what):
+            yield
+    else:
+        messages.print(f"{what} …")
+        yield
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Advance]:
+    """A bar for work that can be counted; nothing moves where there is no terminal."""
+    if not messages.is_terminal:
+        messages.print(f"{what} …")
+        yield lambda _done, _total: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table in the house's style; columns that start with `>` are numbers, set to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        name = column.removeprefix(">")
+        made.add_column(name, justify="right" if column != name else "left", overflow="fold")
+    return made

@@ -1,0 +1,98 @@
+"""`luthier generate` and `luthier chat`: answers printed as they come."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+from luthier.cli import console
+from luthier.cli.loading import Voice, open_target
+from luthier.data.conversation import Turn
+from luthier.errors import UsageError
+from luthier.generate.generate import Completion, complete
+from luthier.generate.sampling import SamplingSpec
+
+__all__ = ["Limits", "answer_once", "converse", "open_target"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How answers are drawn, and their greatest length in tokens."""
+
+    sampling: SamplingSpec
+    max_tokens: int
+
+
+def answer_once(voice: Voice, prompt: str, system: str | None, limits: Limits, as_json: bool) -> None:
+    """Answer `prompt` (`-`: what stands on standard input) and end."""
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
+    if not prompt:
+        raise UsageError("the prompt is empty", "write what you want to ask after --prompt")
+    turns = [*_system(system), Turn("user", prompt)]
+    began = time.perf_counter()
+    answer = _answer(voice, turns, limits, quiet=as_json)
+    seconds = time.perf_counter() - began
+    if as_json:
+        document = {**asdict(answer), "seconds": seconds, "tokens_per_second": len(answer.ids) / seconds}
+        console.print_json({"prompt": prompt, **document})
+    elif not answer.ended:
+        console.say(f"[dim](cut after {len(answer.ids)} tokens: --max-tokens raises the limit)[/]")
+
+
+def converse(voice: Voice, system: str | None, limits: Limits) -> None:
+    """Talk until the user has had enough. Each answer sees the whole conversation before it."""
+    console.say(f"[bold]{voice.name}[/]  /reset forgets, /quit ends, Ctrl-C stops an answer")
+    turns = list(_system(system))
+    while True:
+        try:
+            said = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.say("")
+            return
+        if said in ("/quit", "/exit"):
+            return
+        if said == "/reset":
+            turns = list(_system(system))
+            console.say("[dim]forgotten[/]")
+            continue
+        if not said:
+            continue
+        before = len(turns)
+        turns.append(Turn("user", said))
+        try:
+            answer = _answer(voice, turns, limits, quiet=False)
+        except UsageError as error:  # the conversation has outgrown the model's context: it goes on without this turn
+            console.print_error(error)
+            del turns[before:]
+            continue
+        except KeyboardInterrupt:
+            console.say("[dim](stopped; this question is forgotten)[/]")
+            del turns[before:]
+            continue
+        turns.append(Turn("assistant", answer.text))
+
+
+def _system(text: str | None) -> tuple[Turn, ...]:
+    return () if text is None else (Turn("system", text),)
+
+
+def _answer(voice: Voice, turns: list[Turn], limits: Limits, *, quiet: bool) -> Completion:
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    answer = complete(
+        voice.decoder,
+        voice.template.tokenizer,
+        voice.template.prompt_ids(turns),
+        stop_ids=voice.template.stop_ids,
+        max_new_tokens=limits.max_tokens,
+        sampling=limits.sampling,
+        on_text=None if quiet else show,
+    )
+    if not quiet:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return answer
