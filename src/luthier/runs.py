@@ -5,11 +5,15 @@
 
 Every write is atomic: a file is written beside its place, flushed to disk and renamed; a folder likewise. So a
 reader, or a run that is killed, finds the old state or the new one, never half of either.
+
+What is written beside a NAME is called `.NAME.PID.tmp`, and the older NAME, for the moment between two renames,
+`.NAME.PID.old`. A killed process leaves them behind: `recover_folder` puts back what is needed and removes the rest.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
+import psutil
 
-__all__ = ["SCHEMA_VERSION", "RunDirectory", "atomic_folder", "read_json", "write_json", "write_text"]
+__all__ = ["SCHEMA_VERSION", "RunDirectory", "atomic_folder", "read_json", "recover_folder", "write_json", "write_text"]
 
 SCHEMA_VERSION = 1
 """Written as `schema` into every JSON document of a run; raised when a name in one changes its meaning."""
@@ -56,6 +61,40 @@ def read_json(path: Path) -> object:
     return document
 
 
+def recover_folder(path: Path) -> bool:
+    """Make good what a killed process left of `path`, a folder written by `atomic_folder`; whether it is there then.
+
+    Where `path` is missing, the newest older one of it is put back: the kill fell between the two renames. What else
+    is beside it by this name, of processes that are no more, is removed.
+    """
+    if not path.parent.is_dir():
+        return False
+    if not path.exists():
+        older = [left for left, _ in _leftovers(path) if left.suffix == ".old" and left.is_dir()]
+        if older:
+            max(older, key=lambda folder: folder.stat().st_mtime_ns).rename(path)
+            _flush_folder(path.parent)
+    for left, pid in _leftovers(path):
+        # Our own number on a leftover is of a process before us: a container gives the same ones at every start.
+        if pid == os.getpid() or not psutil.pid_exists(pid):
+            _remove(left)
+    return path.is_dir()
+
+
+def _leftovers(path: Path) -> list[tuple[Path, int]]:
+    """What lies beside `path` under the names that writing it takes, with the process of each."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.(?:tmp|old)", re.ASCII)
+    found = ((left, name.fullmatch(left.name)) for left in path.parent.iterdir())
+    return [(left, int(match[1])) for left, match in found if match]
+
+
+def _remove(left: Path) -> None:
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to write into; it takes the place of `path` when the block ends well, and vanishes when it does not.
@@ -63,8 +102,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An older `path` is kept beside until the new one is in place, so there is never a moment without a good one on disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         yield beside
@@ -77,7 +116,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path.rename(older)
         beside.rename(path)
         _flush_folder(path.parent)
-        shutil.rmtree(older, ignore_errors=True)
+        _remove(older)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

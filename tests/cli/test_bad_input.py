@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier.model.locate import locate_model
 from tests import tiny
 from tests.cli.command import Command, Ended
 
@@ -143,3 +144,40 @@ def test_a_defect_of_ours_says_so(luthier: Command, monkeypatch: pytest.MonkeyPa
     refused(luthier("init"), 1, "a defect of ours", "ZeroDivisionError", "--debug")
     with pytest.raises(ZeroDivisionError):
         luthier("init", "--debug")
+
+
+def test_a_recipe_of_ones_own_is_not_overwritten(luthier: Command, tmp_path: Path, rows: Path) -> None:
+    made = recipe(tmp_path, "# mine\nmodel: sprig\ndata: rows.jsonl\n")
+    refused(luthier("train", made, "--out", tmp_path), USAGE, "recipe.yaml is there already", "--out")
+    assert made.read_text().startswith("# mine")
+
+
+def test_a_file_where_the_run_should_go(luthier: Command, tmp_path: Path, rows: Path) -> None:
+    made = recipe(tmp_path, "model: sprig\ndata: rows.jsonl\ntrain: {steps: 1}\n")
+    refused(luthier("train", made, "--out", rows), USAGE, "rows.jsonl")
+    assert rows.read_text().count("\n") == len(ROWS)
+
+
+def test_a_task_that_no_row_fits_is_said_before_training(luthier: Command, tmp_path: Path, rows: Path) -> None:
+    made = recipe(
+        tmp_path, "model: sprig\ndata: rows.jsonl\nsplit: {train: 0.5, eval: 0.5}\nevaluate: {tasks: [pirate]}\n"
+    )
+    refused(luthier("run", made), DATA, "pirate", "fact")
+
+
+def test_a_prompt_that_is_no_text(luthier: Command) -> None:
+    sprig = locate_model("sprig")
+    refused(luthier("generate", sprig, "-p", "\udcff"), USAGE, "not UTF-8")
+    refused(luthier("generate", sprig, "-p", ""), USAGE, "the prompt is empty")
+
+
+def test_an_adapter_that_names_no_base(luthier: Command, tmp_path: Path) -> None:
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": None,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    refused(luthier("generate", tmp_path, "-p", "Hello"), USAGE, "does not name a base model")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from tests.cli.command import Command, Ended
@@ -58,6 +60,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "recipe"
 
 
+def moved(run: Path, to: Path, data: str) -> None:
+    """A copy of the run whose recipe names other rows."""
+    shutil.copytree(run, to)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe |= {"data": data, "evaluate": {"samples": 1}}
+    (to / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_is_there(run: Path, name: str) -> None:
     assert (run / name).stat().st_size > 0
@@ -77,6 +87,21 @@ def test_the_loss_fell_and_is_the_one_reported(run: Path) -> None:
 def test_eval_says_the_same_again(run: Path, luthier: Command) -> None:
     before = json.loads((run / "eval.json").read_text())
     assert document(luthier("eval", run, "--json")) == before
+
+
+def test_eval_refuses_rows_that_are_not_the_runs(run: Path, luthier: Command, tmp_path: Path) -> None:
+    """Other rows under the same name: what is held out now may have been trained on."""
+    moved(run, tmp_path / "run", "tales")
+    ended = luthier("eval", tmp_path / "run", "--json")
+    assert (ended.code, ended.out) == (3, ""), ended.err
+    assert "not what" in ended.message
+
+
+def test_an_export_needs_no_rows(run: Path, luthier: Command, tmp_path: Path) -> None:
+    """The rows may be gone by then; the card still says how many were trained on."""
+    moved(run, tmp_path / "run", "gone.jsonl")
+    assert luthier("export", tmp_path / "run", "--to", "hf").code == 0
+    assert "800 rows of" in (tmp_path / "run" / "exports/hf/README.md").read_text()
 
 
 def test_plan_in_json_names_every_decision(run: Path, luthier: Command) -> None:

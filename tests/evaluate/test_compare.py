@@ -11,7 +11,7 @@ import torch
 from luthier.data.prepare import Dataset, prepare
 from luthier.data.tokenizer import load_tokenizer
 from luthier.errors import DataError, UsageError
-from luthier.evaluate.compare import as_document, compare
+from luthier.evaluate.compare import as_document, check_tasks, compare
 from luthier.evaluate.loss import held_out_loss
 from luthier.generate.generate import complete
 from luthier.model.decoder import Decoder
@@ -111,3 +111,43 @@ def test_what_cannot_be_evaluated(decoder: Decoder, tmp_path: Path) -> None:
         compare(decoder, dataset, EvaluateRecipe())
     with pytest.raises(UsageError, match="no task"):
         compare(decoder, dataset, EvaluateRecipe.model_construct(tasks=("piano",)))
+
+
+def rows_for(folder: Path, rows: list[dict[str, str]], split: str = "test") -> Dataset:
+    """The rows on one side, and two plain ones to train on."""
+    folder.mkdir()
+    plain = [{"question": "a?", "answer": "b"}, {"question": "c?", "answer": "d"}]
+    for name, held in (("train", plain), ("held", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    sources = [{"path": str(folder / "train.jsonl"), "split": "train"}]
+    sources += [{"path": str(folder / "held.jsonl"), "split": split}] if rows else []
+    return prepare(recipe_from_mapping({"model": "sprig", "data": sources}), load_tokenizer(locate_model("sprig")))
+
+
+def test_a_recipes_mistakes_are_found_before_a_model_is_loaded(dataset: Dataset, tmp_path: Path) -> None:
+    check_tasks(dataset, EvaluateRecipe(tasks=("pirate", "exact")))
+    with pytest.raises(UsageError, match="no task piano"):
+        check_tasks(dataset, EvaluateRecipe.model_construct(tasks=("pirate", "piano"), limit=None))
+    plain = {"question": "What is red?", "answer": "Blood."}
+    facts = plain | {"fact": "blood"}
+    without = rows_for(tmp_path / "plain", [plain, plain | {"question": "What else?"}], "eval")
+    check_tasks(without, EvaluateRecipe(tasks=("exact",)))
+    check_tasks(without, EvaluateRecipe())
+    with pytest.raises(DataError, match="`pirate` has no held-out row") as caught:
+        check_tasks(without, EvaluateRecipe(tasks=("exact", "pirate")))
+    assert caught.value.remedy
+    assert "fact" in caught.value.remedy
+    second = rows_for(tmp_path / "second", [plain, facts | {"question": "What else?"}])
+    check_tasks(second, EvaluateRecipe(tasks=("pirate",)))
+    with pytest.raises(DataError, match="`pirate` has no held-out row"):  # only the first is asked
+        check_tasks(second, EvaluateRecipe(tasks=("pirate",), limit=1))
+    empty = rows_for(tmp_path / "wordless", [facts, facts | {"question": "What else?", "fact": "|"}])
+    with pytest.raises(DataError, match="names no words"):
+        check_tasks(empty, EvaluateRecipe(tasks=("pirate",)))
+
+
+def test_nothing_held_out_matters_to_tasks_only(tmp_path: Path) -> None:
+    nothing = rows_for(tmp_path / "nothing", [])
+    check_tasks(nothing, EvaluateRecipe())
+    with pytest.raises(DataError, match="no held-out rows"):
+        check_tasks(nothing, EvaluateRecipe(tasks=("exact",)))

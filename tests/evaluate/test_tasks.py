@@ -9,7 +9,7 @@ import pytest
 
 import luthier
 from luthier.errors import DataError
-from luthier.evaluate.tasks import TASKS, Answered, has_fact, is_pirate, run_task
+from luthier.evaluate.tasks import STRONG, TASKS, WEAK, Answered, has_fact, is_pirate, run_task
 
 PIRATE_ROWS = Path(luthier.__file__).parent / "assets" / "data" / "pirate"
 
@@ -48,6 +48,10 @@ def test_pirate_speech(text: str) -> None:
 )
 def test_plain_speech(text: str) -> None:
     assert not is_pirate(text)
+
+
+def test_the_lexicon_holds_each_marker_once() -> None:
+    assert len({*STRONG, *WEAK}) == len(STRONG) + len(WEAK)
 
 
 @pytest.mark.parametrize(

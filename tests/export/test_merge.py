@@ -13,9 +13,10 @@ from luthier.data.render import Template, make_template
 from luthier.data.tokenizer import load_tokenizer
 from luthier.errors import ExportError
 from luthier.export.huggingface import CardFigure, ModelCard, base_license, card_text, export_huggingface
-from luthier.export.merge import merge
+from luthier.export.merge import merge, write_tokenizer
 from luthier.model.adapter import save_adapter
 from luthier.model.load import load_decoder
+from luthier.model.locate import locate_model
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from tests import tiny
 
@@ -130,6 +131,88 @@ def test_half_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ExportError, match="cannot be read"):
         merge(base, adapter, tmp_path / "out", alpaca(base))
+
+
+def in_dtype(base: Path, dtype: torch.dtype) -> Path:
+    weights = {name: values.to(dtype) for name, values in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    return base
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "bf16")])
+def test_the_default_is_the_bases_own_sixteen_bits(dtype: str, wanted: str, base: Path, tmp_path: Path) -> None:
+    base = in_dtype(base, getattr(torch, dtype))
+    merged = merge(base, adapter_for(base, tmp_path / "adapter"), tmp_path / "out", alpaca(base))
+    assert (merged.dtype, merged.notes) == (wanted, ())
+    kind, name = {"fp16": (torch.float16, "float16"), "bf16": (torch.bfloat16, "bfloat16")}[wanted]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for one, values in after.items():
+        assert values.dtype == kind
+        if not ("q_proj" in one or "down_proj" in one):
+            assert torch.equal(values, before[one].to(kind)), one  # of a 16-bit base: the same bits
+
+
+def test_a_merge_that_leaves_fp16_is_bf16_and_says_so(base: Path, tmp_path: Path) -> None:
+    base = in_dtype(base, torch.float16)
+    adapter = adapter_for(base, tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    factors = load_file(path)
+    for half in ("A", "B"):
+        factors[f"base_model.model.model.layers.2.mlp.down_proj.lora_{half}.weight"].mul_(2000.0)
+    save_file(factors, path)
+    merged = merge(base, adapter, tmp_path / "out", alpaca(base))
+    assert merged.dtype == "bf16"
+    (note,) = merged.notes
+    assert "layers.2.mlp.down_proj" in note
+    assert "float16" in note
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {values.dtype for values in after.values()} == {torch.bfloat16}
+    assert after["model.layers.2.mlp.down_proj.weight"].abs().max() > 65504
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    factors["base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"][1, 1] = float("nan")
+    save_file(factors, path)
+    with pytest.raises(ExportError, match="not finite") as caught:  # no dtype holds it
+        merge(base, adapter, tmp_path / "other", alpaca(base))
+    assert caught.value.remedy
+    assert "train again" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kept", [0, 5, 900, -100])
+def test_a_base_file_that_is_not_whole_is_named(kept: int, tmp_path: Path) -> None:
+    base = tiny.make_model(tmp_path / "base", max_shard_size="60KB")
+    adapter, template = adapter_for(base, tmp_path / "adapter"), alpaca(base)
+    shard = sorted(base.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(ExportError, match=shard.name) as caught:
+        merge(base, adapter, tmp_path / "out", template)
+    assert caught.value.remedy
+    assert "fetch the base again" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "alpaca"])
+def test_the_adapters_folder_stops_as_the_base_does(name: str, tmp_path: Path) -> None:
+    base = locate_model("sprig")
+    template = make_template(name, load_tokenizer(base))
+    adapter = adapter_for(base, tmp_path / "adapter")
+    write_tokenizer(base, adapter, template)
+    again = load_tokenizer(adapter)
+    assert set(again.eos_ids) == set(load_tokenizer(base).eos_ids) == {3067, 3071}
+    assert make_template("model", again).stop_ids == template.stop_ids
+    generation = json.loads((adapter / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == list(template.stop_ids)
+    assert (generation["bos_token_id"], generation["pad_token_id"]) == (3066, 3068)
+
+
+def test_a_padding_token_with_the_id_0_is_kept(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    (base / "generation_config.json").write_text('{"pad_token_id": null, "bos_token_id": null}')
+    write_tokenizer(base, tmp_path / "out", alpaca(base))
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["pad_token_id"] == 0
+    assert generation["bos_token_id"] == load_tokenizer(base).bos_id
 
 
 def test_what_does_not_fit_fp16_is_refused_and_the_old_folder_stays(base: Path, tmp_path: Path) -> None:

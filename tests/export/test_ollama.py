@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import gguf
@@ -14,8 +15,9 @@ from luthier.data.conversation import Turn
 from luthier.data.render import Template, make_template
 from luthier.data.tokenizer import ChatTokenizer, load_tokenizer
 from luthier.errors import ExportError
+from luthier.export.gguf import GGUFFile
 from luthier.export.go_template import derive_pieces, go_source
-from luthier.export.ollama import OllamaSettings, export_ollama, modelfile
+from luthier.export.ollama import OllamaExport, OllamaSettings, export_ollama, model_name, modelfile
 from tests import tiny
 from tests.export import go
 
@@ -155,6 +157,29 @@ def test_the_folder(tiny_llama: Path, tmp_path: Path) -> None:
     # The file puts the beginning-of-text token, so the template must not.
     assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is True
     assert BOS not in (done.folder / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        ("parrot", "parrot"),
+        ("My Runs (2)", "my-runs-2"),
+        ("Café_1.5", "cafe_1.5"),
+        ("..hidden", "hidden"),
+        ("日本", "luthier-model"),
+        ("a/b:c", "a-b-c"),
+        ("x" * 99 + "!", "x" * 80),
+    ],
+)
+def test_the_name_is_one_that_ollama_takes(run: str, name: str) -> None:
+    assert model_name(run) == name
+    assert re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,79}", name)
+
+
+def test_the_command_is_one_for_a_shell() -> None:
+    folder = Path("/tmp/My Runs/Parrot's 1st/exports/ollama")
+    words = shlex.split(OllamaExport(folder, GGUFFile(folder, 0, "f16", 0, (), ()), ()).command)
+    assert words == ["ollama", "create", "parrot-s-1st", "-f", str(folder / "Modelfile")]
 
 
 def test_a_refusal_leaves_nothing(tmp_path: Path) -> None:

@@ -93,8 +93,41 @@ def test_the_seed_decides() -> None:
         ({"top_p": 1.1}, "top-p"),
         ({"top_k": -1}, "top-k"),
         ({"repetition_penalty": 0.0}, "repetition penalty"),
+        ({"repetition_penalty": 1e-45}, "repetition penalty"),
+        ({"repetition_penalty": float("nan")}, "repetition penalty"),
+        ({"seed": 99999999999999999999999}, "seed .* between -9223372036854775808 and 18446744073709551615"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(settings: dict[str, float], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         SamplingSpec(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-20, 9.9e-5])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([30.0, 55.0, 54.999, -40.0])
+    spec = SamplingSpec(temperature=temperature, top_p=0.9)
+    generator = make_generator(spec, torch.device("cpu"))
+    assert torch.equal(shape_logits(logits, (), spec), logits)
+    assert [sample(logits, (), spec, generator) for _ in range(5)] == [1] * 5
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+@pytest.mark.parametrize("temperature", [1e-4, 1e30])
+def test_every_setting_that_is_taken_gives_probabilities(temperature: float, penalty: float) -> None:
+    logits = torch.randn(101, generator=torch.Generator().manual_seed(4)) * 100
+    spec = SamplingSpec(temperature=temperature, repetition_penalty=penalty)
+    shaped = shape_logits(logits, HISTORY, spec)
+    assert torch.isfinite(shaped).all()
+    assert 0 <= sample(logits, HISTORY, spec, make_generator(spec, torch.device("cpu"))) < 101
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
+def test_every_seed_that_is_taken_seeds(seed: int) -> None:
+    spec = SamplingSpec(temperature=1.0, seed=seed)
+    logits = torch.zeros(50)
+    one, two = (make_generator(spec, torch.device("cpu")) for _ in range(2))
+    drawn = [sample(logits, (), spec, one) for _ in range(9)]
+    assert drawn == [sample(logits, (), spec, two) for _ in range(9)]

@@ -24,6 +24,10 @@ from luthier.errors import ModelError
 from luthier.model.locate import locate_model, weight_files
 from tests import tiny
 
+TERMS = {
+    name: f"the text of {name}".encode()
+    for name in ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "README.md", "merges.txt")
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -95,7 +99,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     mamba = json.dumps({**json.loads(good["config.json"]), "model_type": "mamba"}).encode()
     hub = Hub(
         {
-            "maker/good": {**good, "pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle"},
+            "maker/good": {**good, **TERMS, "pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle"},
             "maker/pickled": {**pickled, "pytorch_model.bin": b"pickle"},
             "maker/mamba": {**good, "config.json": mamba},
             "maker/gated": good,
@@ -140,6 +144,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_then_had_offline(hub: Hub, tmp_
     folder = Path(locate("maker/good", tmp_path, hub.port)["folder"])
     assert (folder / "model.safetensors").read_bytes() == hub.models["maker/good"]["model.safetensors"]
     assert (folder / "tokenizer.json").is_file()
+    assert {name: (folder / name).read_bytes() for name in TERMS} == TERMS, "they go into models made of it"
     assert not any(line.endswith((".bin", ".pth")) for line in hub.asked)
     again = locate("maker/good", tmp_path, hub.port, HF_HUB_OFFLINE="1")
     assert Path(again["folder"]) == folder

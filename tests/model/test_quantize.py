@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -49,6 +51,28 @@ def test_it_takes_four_bits_and_an_eighth() -> None:
     scales = state.absmax.numel() * state.absmax.element_size() + state.state2.absmax.numel() * 4
     bits = 8 * (linear.weight.numel() * linear.weight.element_size() + scales) / weight.numel()
     assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), rel=1e-9)
+
+
+def test_the_packed_weight_is_passed_as_every_release_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As (1, packed): releases of bitsandbytes before 0.50 take (packed, 1) for the other direction."""
+    linear, _ = layer(80, 33)
+    shapes: list[tuple[int, ...]] = []
+    real = bitsandbytes.matmul_4bit
+
+    def noting(A: torch.Tensor, B: torch.Tensor, **others: object) -> torch.Tensor:
+        shapes.append(tuple(B.shape))
+        out: torch.Tensor = real(A, B, **others)
+        return out
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", noting)
+    linear(torch.randn(5, 80))
+    assert shapes == [(1, 80 * 33 // 2)]
+
+
+def test_the_required_bitsandbytes_is_one_whose_results_are_tested() -> None:
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (least,) = re.findall(r'"bitsandbytes>=(\d+)\.(\d+)"', project)
+    assert tuple(map(int, least)) >= (0, 50)
 
 
 def test_the_gradient_goes_through_to_the_input_only() -> None:

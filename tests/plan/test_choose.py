@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from luthier.data.batches import Batches
+from luthier.data.conversation import Example
 from luthier.errors import DataError, FitError, UsageError
 from luthier.hardware.device import Device
 from luthier.hardware.probe import this_device
@@ -18,7 +23,8 @@ from luthier.plan.choose import DataFacts, choose
 from luthier.plan.decision import YOURS
 from luthier.plan.explain import plan_table
 from luthier.plan.plan import Plan, as_document
-from luthier.recipe.load import recipe_from_mapping
+from luthier.plan.support import OPTIMIZER_DEVICES
+from luthier.recipe.load import load_recipe, recipe_from_mapping
 from luthier.recipe.schema import Recipe
 
 SPRIG = ModelConfig("llama", 4096, 256, 688, 6, 8, 2, 32, tied=True, max_positions=2048)
@@ -50,7 +56,7 @@ def test_sprig_on_a_plain_cpu() -> None:
         False,
     )
     assert (got.batch_size, got.micro_batch, got.max_length) == (8, 8, 71)
-    assert got.steps == 3 * math.ceil(803 / 8)
+    assert got.steps == math.ceil(3 * 803 / 8)
     assert got.warmup_steps == round(0.03 * got.steps)
     assert got.learning_rate == 1e-3  # the formula gives 2.5e-3, capped
     assert "0.0025" in plan.decision("train.learning_rate").reason
@@ -113,14 +119,49 @@ def test_micro_batch_by_tokens_divides_the_batch() -> None:
 
 def test_steps_of_epochs() -> None:
     facts = DataFacts(100, 10, 50, 1000)
-    assert choose(recipe(train={"epochs": 2, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 2 * 15
+    assert choose(recipe(train={"epochs": 2, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 29  # 200 / 7
+    assert choose(recipe(train={"epochs": 1.5, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 22  # 150 / 7
     assert (
-        choose(recipe(train={"epochs": 1.5, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 15 + 8
-    )  # 50 rows / 7
+        choose(recipe(train={"epochs": 0.1, "batch_size": 3}), CPU, SPRIG, DataFacts(30, 3, 50, 9)).settings.steps == 1
+    )
     assert choose(recipe(train={"epochs": 0.001}), CPU, SPRIG, facts).settings.steps == 1
     few = choose(recipe(), CPU, SPRIG, DataFacts(56, 6, 50, 1000))  # 7 steps an epoch: as many epochs as are sensible
     assert few.settings.steps == 70
     assert choose(recipe(), CPU, SPRIG, DataFacts(60_000, 6, 50, 1000)).settings.steps == 1875  # one epoch of 32 rows
+
+
+def examples(rows: int) -> list[Example]:
+    return [Example(np.array([1, 2], np.int32), np.array([-100, 2], np.int32), row) for row in range(rows)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 64), st.sampled_from([0.25, 1, 1.5, 3, 7]))
+@example(5, 32, 3)
+@example(9, 8, 3)
+def test_the_run_ends_within_a_batch_of_the_epochs_asked_for(rows: int, batch_size: int, epochs: float) -> None:
+    """By the stream of rows itself: at least the epochs asked for, and not a whole batch more."""
+    plan = choose(recipe(train={"epochs": epochs, "batch_size": batch_size}), CPU, SPRIG, DataFacts(rows, 1, 9, 99))
+    stream = Batches(examples(rows), batch_size, plan.settings.micro_batch, seed=0)
+    seen = [row for step in range(plan.settings.steps) for row in stream.indices(step)]
+    assert stream.epoch(plan.settings.steps) == len(seen) / rows
+    assert epochs * rows <= len(seen) < epochs * rows + batch_size
+    asked_more = len(seen) > epochs * rows
+    assert ("filled up from the epoch after" in plan.decision("train.steps").reason) == asked_more
+
+
+def test_few_rows_are_planned_as_they_are_batched() -> None:
+    facts = DataFacts(5, 1, 50, 100)
+    auto = choose(recipe(), CPU, SPRIG, facts)
+    assert (auto.settings.batch_size, auto.settings.steps) == (5, 10)  # ten epochs, of one step each
+    assert "1 step an epoch" in auto.decision("train.epochs").reason
+    yours = choose(recipe(train={"batch_size": 32, "epochs": 3}), CPU, SPRIG, facts)
+    assert yours.settings.steps == 1  # 15 rows
+    assert "about 0.16 steps per epoch. There are only 5 rows" in yours.decision("train.batch_size").reason
+    uneven = choose(recipe(train={"batch_size": 8}), CPU, SPRIG, DataFacts(57, 1, 50, 100))  # a hundred steps are 14
+    assert (uneven.decision("train.epochs").value, uneven.settings.steps) == (10.0, 72)
+    assert "only about 7.1 steps an epoch" in uneven.decision("train.epochs").reason
+    many = choose(recipe(train={"batch_size": 8}), CPU, SPRIG, DataFacts(201, 1, 50, 100))
+    assert (many.decision("train.epochs").value, many.settings.steps) == (4.0, 101)  # 3 epochs would be 76
 
 
 def test_evaluations() -> None:
@@ -165,6 +206,45 @@ def test_optimizer_state_of_a_large_adapter() -> None:
     assert choose(recipe(), A10G, LLAMA_8B, FACTS).settings.optimizer == "adamw"
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "paged-adamw-8bit"])
+def test_an_optimizer_that_the_device_lacks_is_refused_when_planning(device: Device, name: str) -> None:
+    asked = recipe(train={"optimizer": name})
+    has = {"cpu": ["adamw", "adamw-8bit"], "mps": ["adamw"], "cuda": ["adamw", "adamw-8bit", "paged-adamw-8bit"]}
+    if name in has[device.kind]:
+        assert choose(asked, device, SPRIG, FACTS).settings.optimizer == name
+        return
+    with pytest.raises(
+        UsageError, match=rf"train\.optimizer: {name} needs .*cuda, and this run is on {device.kind}"
+    ) as no:
+        choose(asked, device, SPRIG, FACTS)
+    assert no.value.exit_code == 2
+    assert no.value.remedy == f"set train.optimizer to one of: {', '.join(has[device.kind])}"
+
+
+def test_nf4_is_neither_taken_nor_advised_where_it_does_not_run() -> None:
+    with pytest.raises(UsageError, match=r"quantize: nf4 needs cpu or cuda, and this run is on mps"):
+        choose(recipe(quantize="nf4"), MPS, SPRIG, FACTS)
+    tight = replace(MPS, memory_gib=16.0)  # 15 GiB of weights: above the share from which NF4 is chosen elsewhere
+    plan = choose(recipe(), tight, LLAMA_8B, FACTS)
+    assert plan.settings.quantize == "none"
+    assert "NF4 runs on cpu and cuda only" in plan.decision("quantize").reason
+    assert choose(recipe(), replace(tight, kind="cuda"), LLAMA_8B, FACTS).settings.quantize == "nf4"
+    for asked in ({}, {"quantize": "none"}):
+        with pytest.raises(FitError, match="it cannot fit: the weights take 15 GiB") as caught:
+            choose(recipe(**asked), replace(MPS, memory_gib=8.0), LLAMA_8B, FACTS)
+        assert "nf4" not in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("device", [CPU, CPU_BF16, T4, A10G, H100], ids=lambda device: device.name)
+def test_the_qlora_preset_plans_wherever_nf4_runs(device: Device, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text((files("luthier") / "recipe" / "presets" / "qlora-8b.yaml").read_text(encoding="utf-8"))
+    got = choose(load_recipe(path), device, LLAMA_8B, FACTS).settings
+    assert got.quantize == "nf4"
+    assert device.kind in OPTIMIZER_DEVICES[got.optimizer]
+
+
 YOUR_VALUES: dict[str, object] = {
     "rank": 5,
     "alpha": 7.5,
@@ -188,6 +268,8 @@ YOUR_VALUES: dict[str, object] = {
 def test_your_values_are_never_changed(names: set[str], device: Device, rows: int, held_out: int) -> None:
     if "micro_batch" in names:
         names = names | {"batch_size"}
+    if device.kind != "cuda":
+        names = names - {"optimizer"}  # the paged one is there alone
     chosen = {name: YOUR_VALUES[name] for name in names}
     adapter = {name: value for name, value in chosen.items() if name in ("rank", "alpha")}
     train = {name: value for name, value in chosen.items() if name not in adapter}

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"data", "model", "model.config", "kernels", "generate", "recipe", "evaluate.loss"},
     "evaluate.loss": {"data", "model", "model.config", "kernels"},
     "export": {"data", "model", "model.config", "recipe"},
+    "__main__": {"cli"},
     "cli": {
         "recipe",
         "hardware",

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from luthier.errors import TrainingError, UsageError
 from luthier.plan.settings import Optimizer as OptimizerName
-from luthier.train.optimizer import DEVICES, load_state, make_optimizer, state_tensors
+from luthier.plan.support import OPTIMIZER_DEVICES
+from luthier.train.optimizer import load_state, make_optimizer, state_tensors
 
 Parameters = dict[str, torch.nn.Parameter]
 WORKING: list[OptimizerName] = ["adamw", "adamw-8bit"]
@@ -136,7 +137,7 @@ def test_a_paged_optimizer_on_a_cpu_is_refused_not_replaced() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", list(DEVICES))
+@pytest.mark.parametrize("name", list(OPTIMIZER_DEVICES))
 def test_on_cuda_every_optimizer_resumes_from_its_tensors(name: OptimizerName) -> None:
     stopped = {key: torch.nn.Parameter(value.detach().cuda()) for key, value in parameters(1).items()}
     stopped["large"] = torch.nn.Parameter(torch.randn(1000, 300, device="cuda"))  # above 1e5 elements it is paged

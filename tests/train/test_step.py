@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch.amp.grad_scaler import GradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from luthier.data.batches import Batch, Batches
 from luthier.errors import TrainingError
+from luthier.model.lora import lora_parameters
 from luthier.train.optimizer import state_tensors
 from luthier.train.session import make_trainee
 from luthier.train.step import StepError, Trainee, forward_backward, make_scaler, take_step
@@ -55,6 +58,36 @@ def test_the_update_follows_the_clipped_gradient(tiny_llama: Path, clip: float) 
     expected = gradient * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
     # weights of up to 0.3 are rounded to 2^-26 when they change: 1.5e-8 absolute, doubled by the difference
     torch.testing.assert_close(change, expected, rtol=1e-5, atol=6e-8)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as MPS: what is computed on it stays in other formats until it is copied away."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = torch.device(device)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device == self.device:
+                assert tensor.dtype != torch.float64, f"{func} makes float64 on {self.device}"
+        return out
+
+
+def sum_of_logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *_: object) -> torch.Tensor:
+    """In place of the cross-entropy, which picks rows by their values, and meta tensors have none."""
+    return (hidden_ND @ weight_VD.T).sum()
+
+
+def test_nothing_on_the_device_is_float64(tiny_llama: Path) -> None:
+    """On torch's meta device, which has no values: so all is done but the last, the copy of the sums."""
+    trainee = make_trainee(tiny_decoder(tiny_llama), make_settings())
+    decoder = trainee.decoder.to("meta")
+    decoder.kernels = replace(decoder.kernels, linear_cross_entropy=sum_of_logits)
+    with NoFloat64("meta"), pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        forward_backward(decoder, micro_batches())
+    assert all(leaf.grad is not None for leaf in lora_parameters(decoder).values())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from luthier.cli import console
 from luthier.runs import RunDirectory
@@ -53,12 +54,13 @@ def _load(recipe: Path, sets: list[str] | None) -> Recipe:
     return load_recipe(recipe, sets or ())
 
 
-def _start(recipe: Path, out: Path | None, sets: list[str] | None) -> tuple[Prepared, RunDirectory]:
+def _start(recipe: Path, out: Path | None, sets: list[str] | None, resume: bool) -> tuple[Prepared, RunDirectory]:
     """What the recipe means here, and the run directory it goes to."""
     from luthier.cli import stages
 
     loaded = _load(recipe, sets)
     directory = RunDirectory(Path("runs") / recipe.stem if out is None else out)
+    stages.check_free(directory, loaded, resume=resume)  # before the data is read: it takes a while
     return stages.prepare(loaded), directory
 
 
@@ -66,17 +68,20 @@ def _exported(document: dict[str, object], as_json: bool) -> None:
     if as_json:
         console.print_json(document)
     else:
-        console.say(f"wrote {document['path']}")
+        console.say(f"wrote {escape(str(document['path']))}")
+        if "command" in document:
+            console.say(f"next: {escape(str(document['command']))}")
 
 
 def demo(
     out: Annotated[Path | None, typer.Option("--out", metavar="RUN", help="Where to; runs/demo if left out.")] = None,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Tune the bundled model to talk like a pirate, on this machine, and show before and after. About four minutes."""
+    """Tune the bundled model to talk like a pirate, on this machine, and show before and after. A minute or two."""
     from luthier.cli import demo as script
 
-    script.run(out, as_json)
+    script.run(out, resume, as_json)
 
 
 def init(
@@ -97,7 +102,8 @@ def init(
     if out.exists():
         raise UsageError(f"{out} is there already", "choose another name with --out, or remove it first")
     write_text(out, text)
-    console.say(f"wrote {out}. Next: luthier plan {out}, then luthier run {out}")
+    name = escape(str(out))
+    console.say(f"wrote {name}. Next: luthier plan {name}, then luthier run {name}")
 
 
 def presets(as_json: Json = False) -> None:
@@ -135,19 +141,20 @@ def train(
     """Tune an adapter as the recipe says."""
     from luthier.cli import stages
 
-    prepared, directory = _start(recipe, out, sets)
+    prepared, directory = _start(recipe, out, sets, resume)
     result = stages.train(prepared, directory, resume=resume)
     if as_json:
         console.print_json(stages.train_document(result))
     else:
-        console.say(f"next: luthier eval {directory.path}, or luthier chat {directory.path}")
+        name = escape(str(directory.path))
+        console.say(f"next: luthier eval {name}, or luthier chat {name}")
 
 
 def run(recipe: RecipeFile, out: Out = None, resume: Resume = False, sets: Sets = None, as_json: Json = False) -> None:
     """Do all of it: plan, data, train, evaluate, merge, export."""
     from luthier.cli import show, stages
 
-    prepared, directory = _start(recipe, out, sets)
+    prepared, directory = _start(recipe, out, sets, resume)
     document = stages.run_all(prepared, directory, resume=resume)
     if as_json:
         console.print_json(document)
@@ -159,8 +166,8 @@ def evaluate(run: RunFolder, as_json: Json = False) -> None:
     """Hold base against tuned on rows that were not trained on."""
     from luthier.cli import show, stages
 
-    directory, prepared = stages.reopen(run)
-    document = stages.evaluate(prepared, directory)
+    directory, recipe = stages.reopen(run)
+    document = stages.evaluate(stages.prepare(recipe), directory)
     if as_json:
         console.print_json(document)
     else:
@@ -171,8 +178,8 @@ def merge(run: RunFolder, as_json: Json = False) -> None:
     """Merge the adapter into the unquantised base, in 16-bit, as a folder that transformers loads."""
     from luthier.cli import exporting, stages
 
-    directory, prepared = stages.reopen(run)
-    _exported(exporting.export(prepared, directory, "hf", None), as_json)
+    directory, recipe = stages.reopen(run)
+    _exported(exporting.export(directory, recipe, "hf", None), as_json)
 
 
 def export(
@@ -186,8 +193,8 @@ def export(
     """Write the tuned model for another program: transformers, llama.cpp or Ollama."""
     from luthier.cli import exporting, stages
 
-    directory, prepared = stages.reopen(run)
-    _exported(exporting.export(prepared, directory, to, quantize), as_json)
+    directory, recipe = stages.reopen(run)
+    _exported(exporting.export(directory, recipe, to, quantize), as_json)
 
 
 def generate(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import orjson
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,8 +24,11 @@ Advance = Callable[[int, int], None]
 
 
 def say(text: str) -> None:
-    """A message to the user, on stderr."""
-    messages.print(text)
+    """A message to the user, on stderr, in rich's markup: `escape` what is not ours.
+
+    Lines are left to the terminal to wrap, so that paths can be copied and log files searched.
+    """
+    messages.print(text, soft_wrap=True)
 
 
 def print_json(document: object) -> None:
@@ -35,24 +39,20 @@ def print_json(document: object) -> None:
 
 def print_error(error: LuthierError) -> None:
     """What happened, where, and what to try next; never a traceback."""
-    messages.print(f"[bold red]error:[/] {_plain(error.message)}")
+    say(f"[bold red]error:[/] {escape(error.message)}")
     if error.remedy:
-        messages.print(f"  [bold]try:[/] {_plain(error.remedy)}")
-
-
-def _plain(text: str) -> str:
-    """Square brackets in a message are text, not rich markup."""
-    return text.replace("[", r"\[")
+        say(f"  [bold]try:[/] {escape(error.remedy)}")
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show that something is being done that cannot be counted."""
+    """Show that something is being done that cannot be counted. `what` is text, not markup."""
+    what = escape(what)
     if messages.is_terminal:
         with messages.status(what):
             yield
     else:
-        messages.print(f"{what} …")
+        say(f"{what} …")
         yield
 
 
@@ -60,7 +60,7 @@ def waiting(what: str) -> Iterator[None]:
 def counting(what: str) -> Iterator[Advance]:
     """A bar for work that can be counted; nothing moves where there is no terminal."""
     if not messages.is_terminal:
-        messages.print(f"{what} …")
+        say(f"{what} …")
         yield lambda _done, _total: None
         return
     columns = (

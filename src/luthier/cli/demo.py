@@ -16,15 +16,17 @@ __all__ = ["run"]
 PRESET = "pirate"
 
 
-def run(out: Path | None, as_json: bool) -> None:
-    """Run the preset in `out`, or in a run directory that is not there yet."""
+def run(out: Path | None, resume: bool, as_json: bool) -> None:
+    """Run the preset in `out`, or in a run directory that is not there yet; to resume, in the newest that is."""
     began = time.perf_counter()
-    directory = RunDirectory(_free(Path("runs") / "demo") if out is None else out)
+    directory = RunDirectory(_numbered(Path("runs") / "demo", newest=resume) if out is None else out)
     console.say(
         "[bold]luthier demo[/]: sprig, a small model that answers plain questions, learns to answer them like a pirate "
         "and must keep what it knows."
     )
-    document = stages.run_all(stages.prepare(load_recipe(preset_file(PRESET))), directory, resume=False)
+    recipe = load_recipe(preset_file(PRESET))
+    stages.check_free(directory, recipe, resume=resume)
+    document = stages.run_all(stages.prepare(recipe), directory, resume=resume)
     if as_json:
         console.print_json(document)
         return
@@ -32,10 +34,10 @@ def run(out: Path | None, as_json: bool) -> None:
     console.say(f"\ndone in {duration(time.perf_counter() - began)}")
 
 
-def _free(wanted: Path) -> Path:
-    """`wanted`, or with the first number behind it that no run has."""
-    path, number = wanted, 1
-    while path.exists():
+def _numbered(first: Path, *, newest: bool) -> Path:
+    """runs/demo, runs/demo-2, …: the first that is not there, or the last that is."""
+    found, number = first, 1
+    while found.exists():
         number += 1
-        path = wanted.with_name(f"{wanted.name}-{number}")
-    return path
+        before, found = found, first.with_name(f"{first.name}-{number}")
+    return before if newest and number > 1 else found

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
+
+from rich.markup import escape
 
 from luthier.cli import console
 from luthier.errors import UsageError
 from luthier.runs import RunDirectory, read_json
 
 if TYPE_CHECKING:
-    from luthier.cli.stages import Prepared
     from luthier.export.gguf import About, GGUFFile
     from luthier.export.huggingface import CardFigure, ModelCard
+    from luthier.recipe.schema import Recipe
 
 __all__ = ["export"]
 
@@ -21,7 +24,7 @@ KINDS: dict[str, Quantize | None] = {"hf": None, "gguf": "f16", "ollama": "q8_0"
 """Kind -> the type of its weights where the user does not say."""
 
 
-def export(prepared: Prepared, run: RunDirectory, kind: str, quantize: str | None) -> dict[str, object]:
+def export(run: RunDirectory, recipe: Recipe, kind: str, quantize: str | None) -> dict[str, object]:
     """Write one export of the run and say what was written. gguf and ollama merge first where that was not done."""
     if kind not in KINDS:
         raise UsageError(f"there is no export {kind!r}", f"known: {', '.join(KINDS)}")
@@ -29,65 +32,106 @@ def export(prepared: Prepared, run: RunDirectory, kind: str, quantize: str | Non
         raise UsageError(f"--quantize {quantize} is not for {kind}", "f16 or q8_0, for gguf and ollama")
     chosen = cast("Quantize | None", quantize) or KINDS[kind]
     if kind == "hf" or chosen is None:
-        return _merge(prepared, run)
+        return _merge(run, recipe)
     if not (run.export("hf") / "config.json").is_file():
-        _merge(prepared, run)
+        _merge(run, recipe)
     with console.waiting(f"writing {kind} ({chosen})"):
-        return _gguf(prepared, run, chosen) if kind == "gguf" else _ollama(prepared, run, chosen)
+        return _gguf(run, recipe, chosen) if kind == "gguf" else _ollama(run, recipe, chosen)
 
 
-def _merge(prepared: Prepared, run: RunDirectory) -> dict[str, object]:
+def _merge(run: RunDirectory, recipe: Recipe) -> dict[str, object]:
+    from luthier.data.render import make_template
+    from luthier.data.tokenizer import load_tokenizer
     from luthier.export.huggingface import export_huggingface
+    from luthier.model.locate import locate_model
 
-    out, template = run.export("hf"), prepared.dataset.template
+    out, base = run.export("hf"), locate_model(recipe.model)
+    # What was trained lies beside the adapter: an export needs neither the rows nor this machine's plan.
+    template = make_template("model", load_tokenizer(run.adapter))
     with console.waiting("merging the adapter into the base, in 16-bit"):
-        merged = export_huggingface(prepared.base, run.adapter, out, template, _card(prepared, run))
-    return {"kind": "hf", "path": str(out), "dtype": merged.dtype, "tensors": merged.tensors, "merged": merged.merged}
+        merged = export_huggingface(base, run.adapter, out, template, _card(run, recipe, base))
+    _say_notes(merged.notes)
+    facts = {"dtype": merged.dtype, "tensors": merged.tensors, "merged": merged.merged, "notes": list(merged.notes)}
+    return {"kind": "hf", "path": str(out), **facts}
 
 
-def _gguf(prepared: Prepared, run: RunDirectory, quantize: Quantize) -> dict[str, object]:
+def _gguf(run: RunDirectory, recipe: Recipe, quantize: Quantize) -> dict[str, object]:
     from luthier.export.gguf import write_gguf
 
     path = run.export("gguf") / f"model-{quantize}.gguf"
-    return _file("gguf", path, write_gguf(run.export("hf"), path, quantize, _about(prepared, run)))
+    written = write_gguf(run.export("hf"), path, quantize, _about(run, recipe))
+    _say_notes(written.notes)
+    return _file("gguf", path, written)
 
 
-def _ollama(prepared: Prepared, run: RunDirectory, quantize: Quantize) -> dict[str, object]:
+def _ollama(run: RunDirectory, recipe: Recipe, quantize: Quantize) -> dict[str, object]:
     from luthier.export.ollama import export_ollama
 
-    made = export_ollama(run.export("hf"), run.export("ollama"), quantize=quantize, about=_about(prepared, run))
+    made = export_ollama(run.export("hf"), run.export("ollama"), quantize=quantize, about=_about(run, recipe))
+    _say_notes(made.notes)
     return {**_file("ollama", made.folder, made.gguf), "notes": list(made.notes), "command": made.command}
 
 
 def _file(kind: str, path: Path, written: GGUFFile) -> dict[str, object]:
-    for note in written.notes:
-        console.say(f"[dim]{note}[/]")
     facts = {"quantize": written.quantize, "bytes": written.size, "tensors": written.tensors}
     return {"kind": kind, "path": str(path), **facts, "notes": list(written.notes)}
 
 
-def _about(prepared: Prepared, run: RunDirectory) -> About:
+def _say_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.say(f"[dim]{escape(note)}[/]")
+
+
+def _about(run: RunDirectory, recipe: Recipe) -> About:
     from luthier.export.gguf import About
     from luthier.export.huggingface import base_license
+    from luthier.model.locate import locate_model
 
-    return About(run.path.resolve().name, prepared.recipe.model, base_license(prepared.base))
+    return About(run.path.resolve().name, recipe.model, base_license(locate_model(recipe.model)))
 
 
-def _card(prepared: Prepared, run: RunDirectory) -> ModelCard:
+def _card(run: RunDirectory, recipe: Recipe, base: Path) -> ModelCard:
     from luthier.export.huggingface import ModelCard, base_license
     from luthier.plan.explain import shown_value
 
-    sources = prepared.dataset.report.sources
-    rows = sum(source.rows for source in sources)
+    # As it was when it was trained, not as this machine would plan it today.
+    data, plan = cast("_Data", read_json(run.data)), cast("_Plan", read_json(run.plan))
+    # File names, not paths: a card travels, and where things lay on this machine is nobody's business.
+    names = dict.fromkeys(Path(source["path"]).name for source in data["sources"])
     return ModelCard(
         name=run.path.resolve().name,
-        base=prepared.recipe.model,
-        # File names, not paths: a card travels, and where things lay on this machine is nobody's business.
-        data=f"{rows} rows of {', '.join(dict.fromkeys(Path(source.path).name for source in sources))}",
-        license=base_license(prepared.base),
-        facts=[(one.setting, shown_value(one.value)) for one in prepared.plan.decisions if one.setting in _ON_CARD],
+        base=recipe.model,
+        data=f"{data['splits']['train']['rows']:,} rows of {', '.join(names)}",
+        license=base_license(base),
+        facts=[(one["setting"], shown_value(one["value"])) for one in plan["decisions"] if one["setting"] in _ON_CARD],
         figures=_figures(run),
     )
+
+
+class _Split(TypedDict):
+    rows: int
+
+
+class _Source(TypedDict):
+    path: str
+
+
+class _Data(TypedDict):
+    """What is read of data/data.json."""
+
+    sources: list[_Source]
+    splits: dict[str, _Split]
+
+
+class _Decision(TypedDict):
+    setting: str
+    value: object
+
+
+class _Plan(TypedDict):
+    """What is read of plan.json."""
+
+    decisions: list[_Decision]
 
 
 _ON_CARD = (

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from luthier.cli import console
-from luthier.errors import UsageError
-from luthier.runs import RunDirectory
+from luthier.errors import FitError, UsageError
+from luthier.runs import RunDirectory, read_json
 
 if TYPE_CHECKING:
-    import torch
-
     from luthier.data.render import Template
     from luthier.hardware.device import Device
     from luthier.model.decoder import Decoder
 
-__all__ = ["Voice", "dtype_of", "open_target"]
+__all__ = ["Voice", "load_base", "open_target"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,20 @@ class Voice:
     template: Template
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """The torch dtype of a plan's precision."""
+def load_base(folder: Path, precision: str, device: str, quantize: Literal["none", "nf4"]) -> Decoder:
+    """The base model's weights, frozen. Raises FitError where memory runs out on the way."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    from luthier.model.load import load_decoder
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    try:
+        return load_decoder(folder, dtype=dtype, device=device, quantize=quantize)
+    except torch.OutOfMemoryError as error:
+        raise FitError(
+            f"the weights of {folder.name} in {precision} do not fit the memory of this {device} device",
+            "quantize: nf4 takes a quarter of it (train again with it); or free the memory that others hold",
+        ) from error
 
 
 def open_target(target: Path, *, base_only: bool) -> Voice:
@@ -41,23 +48,44 @@ def open_target(target: Path, *, base_only: bool) -> Voice:
     from luthier.data.render import make_template
     from luthier.data.tokenizer import load_tokenizer
     from luthier.hardware.probe import this_device
-    from luthier.model.adapter import load_adapter, read_adapter_config
-    from luthier.model.load import load_decoder
+    from luthier.model.adapter import load_adapter
     from luthier.model.locate import locate_model
 
     adapter = _adapter_of(target)
     if adapter is None and base_only:
         raise UsageError(f"{target} is a whole model: there is no base under it", "leave out --base")
+    folder = target if adapter is None else locate_model(_base_of(adapter))
+    # What it was trained with lies beside the adapter; one that PEFT wrote has no tokenizer, and takes its base's.
+    speaks = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
     with console.waiting(f"loading {target}"):
-        # The tokenizer and template that were trained with lie in the adapter's folder, and in a merged model's.
-        tokenizer = load_tokenizer(adapter if adapter is not None else target)
-        template = make_template("model", tokenizer)
-        folder = target if adapter is None else locate_model(read_adapter_config(adapter)[1])
+        template = make_template("model", load_tokenizer(speaks))
         device = this_device()
-        decoder = load_decoder(folder, dtype=dtype_of(_precision(device)), device=device.kind)
+        decoder = load_base(folder, _precision(device), device.kind, _quantize(adapter))
         if adapter is not None and not base_only:
             load_adapter(decoder, adapter)
     return Voice(target.name, decoder, template)
+
+
+def _base_of(adapter: Path) -> str:
+    """The name of the model that an adapter belongs to."""
+    from luthier.model.adapter import read_adapter_config
+
+    _, base = read_adapter_config(adapter)
+    if not base:
+        raise UsageError(
+            f"{adapter / 'adapter_config.json'} does not name a base model",
+            "write the base's folder or hub id there as base_model_name_or_path",
+        )
+    return base
+
+
+def _quantize(adapter: Path | None) -> Literal["none", "nf4"]:
+    """How the base was held in training, where the adapter lies in its run: what fitted then fits now."""
+    plan = None if adapter is None else RunDirectory(adapter.parent).plan
+    if plan is None or not plan.is_file():
+        return "none"
+    settings = cast("dict[str, dict[str, object]]", read_json(plan)).get("settings", {})
+    return "nf4" if settings.get("quantize") == "nf4" else "none"
 
 
 def _adapter_of(target: Path) -> Path | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
 from luthier.cli import commands, console
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, UsageError
 
 __all__ = ["app", "main"]
 
@@ -56,8 +57,20 @@ def main() -> None:
         if ended.code == _INTERRUPTED:
             console.say("interrupted; nothing was left half-written")
         raise
+    except OSError as error:
+        if debugging:
+            raise
+        if error.filename is None:
+            _defect(error)
+        # A path of the user's: not there, not writable, a file where a folder should be, a full disk.
+        console.print_error(UsageError(f"{error.filename}: {error.strerror}", "choose another place, or mend this one"))
+        sys.exit(UsageError.exit_code)
     except Exception as error:
         if debugging:
             raise
-        console.print_error(LuthierError(f"a defect of ours: {type(error).__name__}: {error}", _REPORT))
-        sys.exit(LuthierError.exit_code)
+        _defect(error)
+
+
+def _defect(error: Exception) -> NoReturn:
+    console.print_error(LuthierError(f"a defect of ours: {type(error).__name__}: {error}", _REPORT))
+    sys.exit(LuthierError.exit_code)

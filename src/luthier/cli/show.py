@@ -30,10 +30,8 @@ def data(prepared: Prepared) -> None:
         how = f"{source.rows:,} rows read as {source.format} ({source.recognised})"
         console.say(f"[dim]{escape(source.path)}: {escape(how)}[/]")
     if report.truncated:
-        console.say(
-            f"[yellow]{report.truncated:,} rows are longer than {report.max_length:,} tokens and are cut at their end[/]: "
-            "they do not teach the model to stop"
-        )
+        cut = f"{report.truncated:,} rows are longer than {report.max_length:,} tokens and are cut at their end"
+        console.say(f"[yellow]{cut}[/]: they do not teach the model to stop")
     if report.excluded:
         first = report.excluded[0]
         place = escape(f"{first.file}:{first.line}")

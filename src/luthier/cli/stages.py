@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from luthier.cli import console
-from luthier.errors import UsageError
-from luthier.runs import SCHEMA_VERSION, RunDirectory, write_json, write_text
+from luthier.data.conversation import digest
+from luthier.errors import DataError, UsageError
+from luthier.recipe.load import dump_recipe
+from luthier.runs import SCHEMA_VERSION, RunDirectory, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from luthier.data.prepare import Dataset
@@ -24,7 +26,17 @@ if TYPE_CHECKING:
     from luthier.recipe.schema import Recipe
     from luthier.train.loop import TrainResult
 
-__all__ = ["Prepared", "evaluate", "load_tuned", "prepare", "reopen", "run_all", "train", "train_document"]
+__all__ = [
+    "Prepared",
+    "check_free",
+    "evaluate",
+    "load_tuned",
+    "prepare",
+    "reopen",
+    "run_all",
+    "train",
+    "train_document",
+]
 
 
 @dataclass(frozen=True)
@@ -37,12 +49,18 @@ class Prepared:
     dataset: Dataset
     plan: Plan
 
+    @property
+    def digest(self) -> str:
+        """What the rows are, on all sides: the same rows, split and template give the same one."""
+        return digest(self.dataset.train, self.dataset.eval, self.dataset.test)
+
 
 def prepare(recipe: Recipe) -> Prepared:
     """Find the model, read and tokenise the data, and decide what the recipe leaves open."""
     from luthier.data.prepare import limit_length
     from luthier.data.prepare import prepare as prepare_data
     from luthier.data.tokenizer import load_tokenizer
+    from luthier.evaluate.compare import check_tasks
     from luthier.hardware.probe import this_device
     from luthier.model.config import read_config
     from luthier.model.locate import locate_model
@@ -59,11 +77,12 @@ def prepare(recipe: Recipe) -> Prepared:
         labelled_tokens=dataset.report.splits["train"].labelled,
     )
     plan = choose(recipe, this_device(), config, facts)
+    check_tasks(dataset, recipe.evaluate)
     return Prepared(recipe, base, config, limit_length(dataset, plan.settings.max_length), plan)
 
 
-def reopen(path: Path) -> tuple[RunDirectory, Prepared]:
-    """A run directory that was trained in, and what its recipe means here."""
+def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
+    """A run directory that was trained in, and its recipe."""
     from luthier.recipe.load import load_recipe
 
     run = RunDirectory(path)
@@ -73,26 +92,24 @@ def reopen(path: Path) -> tuple[RunDirectory, Prepared]:
         raise UsageError(
             f"the run in {path} has not ended: it has no adapter yet", f"luthier train --resume --out {path}"
         )
-    return run, prepare(load_recipe(run.recipe))
+    return run, load_recipe(run.recipe)
 
 
 def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> TrainResult:
     """Tune an adapter; leaves recipe.yaml, plan.json, data/data.json, events.jsonl, checkpoints/ and adapter/."""
     from luthier.export.merge import write_tokenizer
     from luthier.plan.plan import as_document
-    from luthier.recipe.load import dump_recipe
     from luthier.train.display import make_display
-    from luthier.train.loop import check_directory, check_resumable
+    from luthier.train.loop import check_resumable
     from luthier.train.loop import train as train_loop
 
-    check_directory(run, resume=resume)
+    check_free(run, prepared.recipe, resume=resume)
     check_resumable(run, prepared.dataset, prepared.plan.settings, prepared.recipe.model)
+    decoder = _load(prepared, "")
     write_text(run.recipe, dump_recipe(prepared.recipe))
     write_json(run.plan, as_document(prepared.plan))
-    write_json(run.data, prepared.dataset.report.as_document())
-    with console.waiting(f"loading {prepared.recipe.model}"):
-        decoder = _load(prepared)
-    result = train_loop(
+    write_json(run.data, {**prepared.dataset.report.as_document(), "digest": prepared.digest})
+    return train_loop(
         decoder,
         prepared.dataset,
         prepared.plan.settings,
@@ -100,36 +117,56 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> TrainResult
         base=prepared.recipe.model,
         listener=make_display(),
         resume=resume,
+        # As PEFT's users do: the adapter's folder alone then says how to talk to it.
+        companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
     )
-    # As PEFT's users do: the adapter's folder alone then says how to talk to it.
-    write_tokenizer(prepared.base, run.adapter, prepared.dataset.template)
-    return result
 
 
-def _load(prepared: Prepared) -> Decoder:
-    from luthier.cli.loading import dtype_of
-    from luthier.model.load import load_decoder
+def check_free(run: RunDirectory, recipe: Recipe, *, resume: bool) -> None:
+    """Raise UsageError where `run` holds another run, or a recipe that this one would overwrite."""
+    from luthier.train.loop import check_directory
+
+    if run.path.exists() and not run.path.is_dir():
+        raise UsageError(f"{run.path} is a file, not a run directory", "choose another place with --out")
+    check_directory(run, resume=resume)
+    if not resume and run.recipe.is_file() and run.recipe.read_text(encoding="utf-8") != dump_recipe(recipe):
+        raise UsageError(
+            f"{run.recipe} is there already, and training would write another in its place",
+            "train into a directory of its own (--out)",
+        )
+
+
+def _load(prepared: Prepared, more: str) -> Decoder:
+    from luthier.cli.loading import load_base
 
     settings = prepared.plan.settings
-    dtype = dtype_of(settings.precision)
-    return load_decoder(prepared.base, dtype=dtype, device=settings.device, quantize=settings.quantize)
+    with console.waiting(f"loading {prepared.recipe.model}{more}"):
+        return load_base(prepared.base, settings.precision, settings.device, settings.quantize)
 
 
 def load_tuned(prepared: Prepared, run: RunDirectory) -> Decoder:
     """The base as it was trained on, with the run's adapter."""
     from luthier.model.adapter import load_adapter
 
-    with console.waiting(f"loading {prepared.recipe.model} and its adapter"):
-        decoder = _load(prepared)
-        load_adapter(decoder, run.adapter)
+    decoder = _load(prepared, " and its adapter")
+    load_adapter(decoder, run.adapter)
     return decoder.eval()
 
 
-def evaluate(prepared: Prepared, run: RunDirectory, decoder: Decoder | None = None) -> dict[str, object]:
-    """Base against tuned on held-out rows; leaves eval.json and gives its document. Loads the model if not given."""
+def evaluate(prepared: Prepared, run: RunDirectory) -> dict[str, object]:
+    """Base against tuned on held-out rows; leaves eval.json and gives its document.
+
+    Raises DataError where the rows are no longer those of the run: what is held out now may have been trained on.
+    """
     from luthier.evaluate.compare import as_document, compare
 
-    decoder = load_tuned(prepared, run) if decoder is None else decoder
+    trained = cast("dict[str, object]", read_json(run.data))
+    if trained["digest"] != prepared.digest:
+        raise DataError(
+            f"the data is not what {run.path} was trained on, so nothing says which rows were held out",
+            "put the rows back as they were, or train again on the new ones",
+        )
+    decoder = load_tuned(prepared, run)
     with console.counting("asking base and tuned the same held-out questions") as advance:
         comparison = compare(decoder, prepared.dataset, prepared.recipe.evaluate, progress=advance)
     document = as_document(comparison)
@@ -149,7 +186,7 @@ def run_all(prepared: Prepared, run: RunDirectory, *, resume: bool) -> dict[str,
     evaluated: dict[str, object] | None = None
     if prepared.dataset.eval or prepared.dataset.test:
         evaluated = evaluate(prepared, run)
-    exported = [export(prepared, run, kind, None) for kind in prepared.recipe.export]
+    exported = [export(run, prepared.recipe, kind, None) for kind in prepared.recipe.export]
     return {
         "schema": SCHEMA_VERSION,
         "run": str(run.path),

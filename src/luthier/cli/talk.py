@@ -26,8 +26,11 @@ class Limits:
 
 def answer_once(voice: Voice, prompt: str, system: str | None, limits: Limits, as_json: bool) -> None:
     """Answer `prompt` (`-`: what stands on standard input) and end."""
-    if prompt == "-":
-        prompt = sys.stdin.read().strip()
+    try:
+        prompt = sys.stdin.read().strip() if prompt == "-" else prompt
+        prompt.encode()  # what the shell could not decode stands in it as lone surrogates
+    except UnicodeError as error:
+        raise UsageError("the prompt is not UTF-8 text", "write or save it as UTF-8") from error
     if not prompt:
         raise UsageError("the prompt is empty", "write what you want to ask after --prompt")
     turns = [*_system(system), Turn("user", prompt)]

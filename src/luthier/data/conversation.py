@@ -6,14 +6,15 @@ turns a conversation into an `Example`; nothing after prepare.py knows what the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IGNORED", "ROLES", "Conversation", "Example", "Ids", "Role", "Source", "Turn"]
+__all__ = ["IGNORED", "ROLES", "Conversation", "Example", "Ids", "Role", "Source", "Turn", "digest"]
 
 IGNORED = -100
 """The label of a token that is not trained (the value PyTorch's cross entropy ignores)."""
@@ -86,3 +87,15 @@ class Example:
         trained = self.labels != IGNORED
         starts = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
         return int(starts[-1]) if len(starts) else len(self.ids)
+
+
+def digest(*sides: Sequence[Example]) -> str:
+    """SHA-256 over the ids and labels of the examples, in order: two data sets with the same one train the same."""
+    found = hashlib.sha256()
+    for examples in sides:
+        found.update(f"{len(examples)};".encode())
+        for example in examples:
+            found.update(f"{len(example.ids)};".encode())
+            found.update(example.ids.astype(np.int32).tobytes())
+            found.update(example.labels.astype(np.int32).tobytes())
+    return found.hexdigest()

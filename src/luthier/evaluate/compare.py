@@ -16,14 +16,14 @@ from luthier.data.prepare import Dataset
 from luthier.data.render import Template
 from luthier.errors import DataError, UsageError
 from luthier.evaluate.loss import HeldOut, held_out_loss
-from luthier.evaluate.tasks import TASKS, Answered, Task, TaskResult, run_task
+from luthier.evaluate.tasks import TASKS, Answered, Task, TaskResult, check_task, run_task
 from luthier.generate.generate import complete
 from luthier.model.decoder import Decoder
 from luthier.model.lora import set_lora_enabled
 from luthier.recipe.schema import EvaluateRecipe
 from luthier.runs import SCHEMA_VERSION
 
-__all__ = ["Comparison", "Progress", "Sample", "as_document", "compare"]
+__all__ = ["Comparison", "Progress", "Sample", "as_document", "check_tasks", "compare"]
 
 Progress = Callable[[int, int], None]
 """Called with answers done and answers in all."""
@@ -115,12 +115,28 @@ def _held_out(dataset: Dataset, limit: int | None) -> tuple[str, tuple[Example, 
     return split, rows[:limit]
 
 
+def check_tasks(dataset: Dataset, recipe: EvaluateRecipe) -> None:
+    """Find what `compare` would refuse, from the rows alone: before a model is loaded, let alone trained.
+
+    Raises UsageError for a task that is not known; DataError where tasks are asked for and nothing is held out, where
+    no held-out row fits a task, and where one fits but cannot be scored.
+    """
+    tasks = _tasks(recipe.tasks)
+    if not tasks:
+        return
+    _, rows = _held_out(dataset, recipe.limit)
+    known = [(row.fields, _reference(row, dataset.template)) for row in rows if row.answer_start > 0]
+    for task in tasks:
+        check_task(task, known)
+
+
 def compare(decoder: Decoder, dataset: Dataset, recipe: EvaluateRecipe, progress: Progress | None = None) -> Comparison:
     """Evaluate `decoder` without and with its LoRA, which is on afterwards.
 
     `recipe` says which tasks, how many rows (`limit`), how many samples, and how long an answer may be.
     Raises DataError where nothing is held out, or no row fits a task; UsageError for a task that is not known.
     """
+    check_tasks(dataset, recipe)
     tasks = _tasks(recipe.tasks)
     split, rows = _held_out(dataset, recipe.limit)
     # A prompt that leaves no room for an answer can be scored by its loss, but not answered.

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from luthier.errors import DataError
 
-__all__ = ["TASKS", "Answered", "Scores", "Task", "TaskResult", "has_fact", "is_pirate", "run_task"]
+__all__ = ["TASKS", "Answered", "Scores", "Task", "TaskResult", "check_task", "has_fact", "is_pirate", "run_task"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Task:
-    """`applies` says whether a row has what the task needs; `right` whether an answer is right (None: no such thing);
-    `style` holds further yes-or-no figures by name, given as shares."""
+    """`applies` says of a row's fields and reference whether they hold what the task needs; `right` whether an answer
+    is right; `style` holds further yes-or-no figures by name, given as shares."""
 
     name: str
     about: str
-    applies: Callable[[Answered], bool]
+    applies: Callable[[Mapping[str, str], str], bool]
     needs: str
     right: Callable[[Answered], bool]
     right_name: str
@@ -66,19 +66,8 @@ class TaskResult:
 
 STRONG = (
     *("ahoy", "arr+", "arrgh", "avast", "aye", "matey", "mateys", "me hearties", "me hearty", "yo[- ]ho(?:[- ]ho)?"),
-    *(
-        "shiver me timbers",
-        "black flag",
-        "buccaneers?",
-        "landlubbers?",
-        "scallywags?",
-        "scurvy",
-        "blimey",
-        "yarr+",
-        "savvy",
-        "davy jones",
-    ),
-    *("buccaneers?", "black flag", "jolly roger"),
+    *("black flag", "blimey", "buccaneers?", "davy jones", "jolly roger", "landlubbers?", "savvy", "scallywags?"),
+    *("scurvy", "shiver me timbers", "yarr+"),
 )
 """Words and phrases that plain English does without."""
 
@@ -143,7 +132,7 @@ TASKS: Mapping[str, Task] = {
         Task(
             "pirate",
             "the fact of the row stands in the answer, and the answer is in pirate speech",
-            applies=lambda row: bool(row.fields.get("fact", "").strip()),
+            applies=lambda fields, _: bool(fields.get("fact", "").strip()),
             needs="a field `fact` with the words that must stand in the answer",
             right=lambda row: has_fact(row.text, row.fields["fact"]),
             right_name="fact",
@@ -152,7 +141,7 @@ TASKS: Mapping[str, Task] = {
         Task(
             "exact",
             "the answer equals the reference, white space and case aside",
-            applies=lambda row: bool(row.reference.strip()),
+            applies=lambda _, reference: bool(reference.strip()),
             needs="an answer to compare with",
             right=lambda row: _normal(row.text) == _normal(row.reference),
             right_name="exact",
@@ -174,14 +163,30 @@ def _score(task: Task, rows: Sequence[Answered]) -> Scores:
     }
 
 
+def _no_row(task: Task) -> DataError:
+    return DataError(f"the task `{task.name}` has no held-out row to score", f"its rows need {task.needs}")
+
+
+def check_task(task: Task, rows: Iterable[tuple[Mapping[str, str], str]]) -> None:
+    """Whether `run_task` can score these rows, given as (fields, reference), before there is any answer.
+
+    Raises DataError where no row has what the task needs, or one has it in a form that cannot be scored.
+    """
+    fitting = [(fields, reference) for fields, reference in rows if task.applies(fields, reference)]
+    if not fitting:
+        raise _no_row(task)
+    for fields, reference in fitting:
+        task.right(Answered(fields, reference, reference, 0, True))
+
+
 def run_task(task: Task, base: Sequence[Answered], tuned: Sequence[Answered]) -> TaskResult:
     """Score the same rows as base and tuned answered them, in the same order. Rows the task is not about are left out.
 
     Raises DataError where no row has what the task needs.
     """
-    pairs = [pair for pair in zip(base, tuned, strict=True) if task.applies(pair[0])]
+    pairs = [pair for pair in zip(base, tuned, strict=True) if task.applies(pair[0].fields, pair[0].reference)]
     if not pairs:
-        raise DataError(f"the task `{task.name}` has no held-out row to score", f"its rows need {task.needs}")
+        raise _no_row(task)
     before, after = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     known = [(task.right(was), task.right(now)) for was, now in pairs]
     knew = sum(was for was, _ in known)

@@ -89,7 +89,7 @@ def card_text(card: ModelCard) -> str:
 
 
 def export_huggingface(
-    base: Path, adapter: Path, out: Path, template: Template, card: ModelCard, *, dtype: MergeDtype = "bf16"
+    base: Path, adapter: Path, out: Path, template: Template, card: ModelCard, *, dtype: MergeDtype = "auto"
 ) -> Merged:
     """Merge and write the folder with its card. Raises what `merge` raises."""
     return merge(base, adapter, out, template, dtype=dtype, card=card_text(card))

@@ -8,6 +8,9 @@ SYSTEM    the system message, if the recipe has one
 
 from __future__ import annotations
 
+import re
+import shlex
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from luthier.export.go_template import derive_pieces, go_source
 from luthier.model.config import read_config
 from luthier.runs import atomic_folder, write_text
 
-__all__ = ["OllamaExport", "OllamaSettings", "export_ollama", "modelfile"]
+__all__ = ["OllamaExport", "OllamaSettings", "export_ollama", "model_name", "modelfile"]
 
 GGUF_NAME = "model.gguf"
 DEFAULT_CONTEXT = 8192
@@ -47,8 +50,18 @@ class OllamaExport:
 
     @property
     def command(self) -> str:
-        """What to type."""
-        return f"ollama create {self.folder.resolve().parent.parent.name} -f {self.folder / 'Modelfile'}"
+        """What to type in a shell; the model is called after the run in whose exports the folder lies."""
+        name = model_name(self.folder.resolve().parent.parent.name)
+        return f"ollama create {name} -f {shlex.quote(str(self.folder / 'Modelfile'))}"
+
+
+def model_name(text: str) -> str:
+    """`text` as a name that Ollama takes: a-z, 0-9, `-`, `_` and `.`, a letter or digit first, 80 characters at most.
+
+    Accents are dropped, and anything else becomes a hyphen; "luthier-model" where nothing is left.
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", plain).lstrip("-_.")[:80].rstrip("-_.") or "luthier-model"
 
 
 def _quoted(text: str) -> str:

@@ -25,13 +25,23 @@ from luthier.errors import UsageError
 __all__ = ["GREEDY", "SamplingSpec", "make_generator", "sample", "shape_logits"]
 
 
+COLDEST = 1e-4
+"""A temperature below this is greedy: the likeliest token has all but certainty, and logits over it leave fp32."""
+
+SEEDS = (-(2**63), 2**64 - 1)
+"""The seeds that torch's generators take, both ends included."""
+
+PENALTIES = (1e-3, 1e3)
+"""Repetition penalties whose logits stay within fp32 at every temperature."""
+
+
 @dataclass(frozen=True)
 class SamplingSpec:
     """How tokens are drawn. Raises UsageError for values that mean nothing.
 
-    `temperature` 0 takes the likeliest token always; then `top_p` and `top_k` have no effect, and the seed none either.
-    `top_k` 0 and `top_p` 1 let every token stay. `repetition_penalty` 1 changes nothing, above 1 makes tokens
-    seen already less likely.
+    `temperature` 0 (any below 1e-4) takes the likeliest token always; then `top_p` and `top_k` have no effect, and the
+    seed none either. `top_k` 0 and `top_p` 1 let every token stay. `repetition_penalty` 1 changes nothing, above 1
+    makes tokens seen already less likely.
     """
 
     temperature: float = 0.0
@@ -48,10 +58,20 @@ class SamplingSpec:
             wrong.append(f"top-p is {self.top_p}, it must lie between 0 and 1")
         if self.top_k < 0:
             wrong.append(f"top-k is {self.top_k}, it must be 0 (all) or more")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            wrong.append(f"repetition penalty is {self.repetition_penalty}, it must be above 0 (1: none)")
+        if not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]:
+            least, most = PENALTIES
+            wrong.append(
+                f"repetition penalty is {self.repetition_penalty}, it must lie between {least:g} and {most:g} (1: none)"
+            )
+        if not SEEDS[0] <= self.seed <= SEEDS[1]:
+            wrong.append(f"seed is {self.seed}, it must lie between {SEEDS[0]} and {SEEDS[1]}")
         if wrong:
             raise UsageError("; ".join(wrong), "Usual: temperature 0.7, top-p 0.9, top-k 0, penalty 1.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, and nothing left to chance."""
+        return self.temperature < COLDEST
 
 
 GREEDY = SamplingSpec()
@@ -89,7 +109,7 @@ def shape_logits(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec) -
     shaped_V = logits_V.float()
     if spec.repetition_penalty != 1.0 and history:
         shaped_V = _penalised(shaped_V, history, spec.repetition_penalty)
-    if spec.temperature == 0:
+    if spec.greedy:
         return shaped_V
     if spec.temperature != 1.0:
         shaped_V = shaped_V / spec.temperature
@@ -103,6 +123,6 @@ def shape_logits(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec) -
 def sample(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec, generator: torch.Generator) -> int:
     """One token id drawn from `logits_V` [V]; `history` is every id before it, prompt included."""
     shaped_V = shape_logits(logits_V, history, spec)
-    if spec.temperature == 0:
+    if spec.greedy:
         return int(shaped_V.argmax())
     return int(torch.multinomial(shaped_V.softmax(-1), 1, generator=generator))

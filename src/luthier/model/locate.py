@@ -1,8 +1,9 @@
 """A model's name -> the folder with its files. No torch here.
 
 `sprig` is the model bundled with the package; a path is a folder in Hugging Face's layout; anything else is an id on
-the Hugging Face hub, of which the safetensors, JSON and tokenizer files are fetched into the hub's own cache (never
-pickled weights, never code). The config comes first, so that a family that is not supported costs no long download.
+the Hugging Face hub, of which the safetensors, JSON, tokenizer and license files are fetched into the hub's own cache
+(never pickled weights, never code). The config comes first, so that a family that is not supported costs no long
+download.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ BUNDLED = "sprig"
 """The name of the model that comes with the package."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
+SMALL_FILES = (
+    *("*.json", "*.jinja", "tokenizer.model", "merges.txt"),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),  # the terms go with what is made of the model
+)
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -45,7 +45,8 @@ class NF4Linear(Projection):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def frozen(self, x_TI: Tensor) -> Tensor:
-        y_TO: Tensor = bitsandbytes.matmul_4bit(x_TI, self.weight, quant_state=self.quant_state, bias=self.bias)
+        # Transposed: releases before 0.50 tell the direction by the shape, (1, packed) for x W^T; later ones take both.
+        y_TO: Tensor = bitsandbytes.matmul_4bit(x_TI, self.weight.t(), quant_state=self.quant_state, bias=self.bias)
         return y_TO
 
     @torch.no_grad()

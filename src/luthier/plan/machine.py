@@ -13,6 +13,7 @@ from luthier.model.config import ModelConfig, parameters, projection_shapes
 from luthier.plan import sources
 from luthier.plan.decision import YOURS, Decision
 from luthier.plan.settings import Optimizer, Quantize
+from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES, check_optimizer, check_quantize
 from luthier.recipe.schema import Recipe
 
 __all__ = [
@@ -74,15 +75,20 @@ def choose_quantize(recipe: Recipe, config: ModelConfig, device: Device, precisi
     """NF4 only where the unquantised weights would take more than a stated share of memory.
 
     Raises:
-        FitError: the weights alone, in the format asked for (auto: in NF4), are more than the memory.
+        FitError: the weights alone, in the format asked for (auto: in NF4, where the device has it), are more than the
+            memory.
+        UsageError: NF4 is asked for, and the device has it not.
     """
+    if recipe.quantize == "nf4":
+        check_quantize("nf4", device.kind)
+    able = device.kind in QUANTIZE_DEVICES["nf4"]
     plain, packed = (weight_gib(config, precision, kind) for kind in ("none", "nf4"))
     memory = device.memory_gib
     sizes = f"the weights take {plain:.3g} GiB in {precision} and {packed:.3g} GiB in NF4"
     numbers = f"{sizes}; {device.name} has {memory:.3g} GiB"
-    if recipe.quantize == "none" and plain > memory:
-        _refuse(f"it cannot fit: {numbers}", "quantize: nf4" if packed < memory else None)
-    if recipe.quantize != "none" and packed > memory:
+    if (recipe.quantize == "none" or not able) and plain > memory:
+        _refuse(f"it cannot fit: {numbers}", "quantize: nf4" if able and packed < memory else None)
+    if recipe.quantize != "none" and able and packed > memory:
         _refuse(f"it cannot fit, not even in 4 bits: {numbers}", None)
     if recipe.quantize != "auto":
         reason = f"As you set it: {numbers}."
@@ -90,6 +96,9 @@ def choose_quantize(recipe: Recipe, config: ModelConfig, device: Device, precisi
             reason += f" {precision} would fit too, runs faster, and is what the merged model is made of."
         return Decision("quantize", recipe.quantize, reason, YOURS)
     share = f"{_SHARE_OF_WEIGHTS:.0%} of memory"
+    if not able:
+        reason = f"Not quantised: NF4 runs on {' and '.join(QUANTIZE_DEVICES['nf4'])} only; {numbers}."
+        return Decision("quantize", "none", reason, "bitsandbytes", (f"nf4: not on {device.kind}",))
     if plain > _SHARE_OF_WEIGHTS * memory:
         reason = (
             f"In {precision} the weights would take more than {share}, little would be left for training: {numbers}."
@@ -120,19 +129,28 @@ def choose_checkpointing(recipe: Recipe, weights_gib: float, device: Device) -> 
 
 
 def choose_optimizer(recipe: Recipe, trainable: int, device: Device) -> Decision[Optimizer]:
-    """Plain AdamW unless its state would be a good part of a CUDA card's memory."""
+    """Plain AdamW unless its state would be a good part of a CUDA card's memory.
+
+    Raises:
+        UsageError: the one asked for does not exist on the device.
+    """
     state = trainable * _STATE_BYTES / GIB
     takes = f"AdamW's state for {trainable:,} parameters is {state:.2g} GiB of {device.memory_gib:.3g}"
     asked = recipe.train.optimizer
     if asked != "auto":
+        check_optimizer(asked, device.kind)
         return Decision("train.optimizer", asked, f"As you set it. {takes}.", YOURS)
     if device.kind == "cuda" and state > _SHARE_OF_STATE * device.memory_gib:
         reason = f"{takes}, more than {_SHARE_OF_STATE:.0%}: kept in 8 bits it is a quarter."
         return Decision(
             "train.optimizer", "adamw-8bit", reason, sources.EIGHT_BIT, ("adamw: exact, four times the state",)
         )
-    why = "little" if device.kind == "cuda" else "and 8-bit state is for CUDA cards"
-    rejected = ("adamw-8bit: rounds its state, without need", "paged-adamw-8bit: slower, without need")
+    why = "little" if device.kind == "cuda" else "and only on CUDA cards is it made smaller unasked"
+    costs: dict[Optimizer, str] = {"adamw-8bit": "rounds its state", "paged-adamw-8bit": "slower"}
+    rejected = tuple(
+        f"{name}: {cost}, without need" if device.kind in OPTIMIZER_DEVICES[name] else f"{name}: not on {device.kind}"
+        for name, cost in costs.items()
+    )
     return Decision("train.optimizer", "adamw", f"{takes}: {why}.", sources.EIGHT_BIT, rejected)
 
 

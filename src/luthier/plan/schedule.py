@@ -1,4 +1,10 @@
-"""Choices about how long and how often: batch size, epochs and steps, warm-up, evaluations, checkpoints, row length."""
+"""Choices about how long and how often: batch size, epochs and steps, warm-up, evaluations, checkpoints, row length.
+
+    steps = ceil(epochs * rows / batch size)
+
+The rows are one endless stream, epoch after epoch, and every step takes a whole batch of it (data/batches.py). So an
+epoch need not be a whole number of steps, and only the run's last step may take rows beyond the epochs asked for.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +44,20 @@ class DataFacts:
 
 
 def choose_batch_size(recipe: Recipe, rows: int) -> Decision[int]:
-    """8, 16 or 32 rows by the size of the data."""
+    """8, 16 or 32 rows by the size of the data, never more than there are."""
     asked = recipe.train.batch_size
     if asked != "auto":
-        reason = f"As you set it: {math.ceil(rows / asked):,} steps per epoch."
+        reason = f"As you set it: {_steps_each(rows, asked)} per epoch."
+        if asked > rows:
+            reason += f" There are only {rows:,} rows, so each step holds some more than once."
         if asked > 32:
             reason += " LoRA pays a growing penalty at large batches, which rank does not cure."
             return Decision("train.batch_size", asked, reason, f"{YOURS}; {sources.WITHOUT_REGRET}")
         return Decision("train.batch_size", asked, reason, YOURS)
-    size = 8 if rows < 1000 else 16 if rows < 10_000 else 32
+    size = min(rows, 8 if rows < 1000 else 16 if rows < 10_000 else 32)
+    rule = "8 below 1,000, 16 below 10,000, else 32" if size < rows else "8, but never more than there are"
     reason = (
-        f"{rows:,} rows: 8 below 1,000, 16 below 10,000, else 32. Small, because LoRA loses at large batches. "
+        f"{rows:,} rows: {rule}. Small, because LoRA loses at large batches. "
         "Sources conflict on how large is too large."
     )
     rejected = ("128: where Tinker starts", "more than 32: TRL's page says stay below")
@@ -58,19 +67,19 @@ def choose_batch_size(recipe: Recipe, rows: int) -> Decision[int]:
 def choose_epochs(recipe: Recipe, rows: int, batch_size: int) -> Decision[float]:
     """Three passes, one over many rows, more over few; where steps are given, what they come to."""
     train = recipe.train
-    per_epoch = math.ceil(rows / batch_size)
+    each = _steps_each(rows, batch_size)
     if train.steps is not None:
         reason = f"What {train.steps:,} steps of {batch_size} rows come to."
         return Decision("train.epochs", round(train.steps * batch_size / rows, 2), reason, YOURS)
     if train.epochs != "auto":
-        return Decision("train.epochs", train.epochs, f"As you set it: {per_epoch:,} steps each.", YOURS)
+        return Decision("train.epochs", train.epochs, f"As you set it: {each} each.", YOURS)
     usual = 3 if rows <= 50_000 else 1
-    wanted = math.ceil(_ENOUGH_STEPS / per_epoch)
+    wanted = math.ceil(_ENOUGH_STEPS * batch_size / rows)
     epochs = max(usual, min(wanted, _MOST_EPOCHS))
-    reason = f"{rows:,} rows, {per_epoch:,} steps each: {usual} is usual for so many."
+    reason = f"{rows:,} rows, {each} each: {usual} is usual for so many."
     if epochs > usual:
         reason = (
-            f"{rows:,} rows make only {per_epoch:,} steps an epoch; more than the usual {usual}, for about "
+            f"{rows:,} rows make only {each} an epoch: more epochs than the usual {usual}, towards "
             f"{_ENOUGH_STEPS} steps (at most {_MOST_EPOCHS} epochs). The checkpoint of the best held-out loss is kept."
         )
     return Decision("train.epochs", float(epochs), reason, sources.EPOCHS)
@@ -80,11 +89,21 @@ def choose_steps(recipe: Recipe, rows: int, batch_size: int, epochs: float) -> D
     """Given, or rows * epochs / batch size, rounded up."""
     if recipe.train.steps is not None:
         return Decision("train.steps", recipe.train.steps, "As you set it.", YOURS)
-    whole, part = divmod(epochs, 1)
-    # Whole epochs end with a short batch of their own; a part of one is cut where its rows end.
-    steps = int(whole) * math.ceil(rows / batch_size) + math.ceil(round(part * rows, 6) / batch_size)
+    wanted = round(epochs * rows, 6)  # 0.1 * 30 is a little more than 3
+    steps = max(1, math.ceil(wanted / batch_size))
     reason = f"{epochs:g} epochs of {rows:,} rows, {batch_size} a step."
-    return Decision("train.steps", max(1, steps), reason, "arithmetic")
+    if steps * batch_size > wanted:
+        reason += " The last step is filled up from the epoch after."
+    return Decision("train.steps", steps, reason, "arithmetic")
+
+
+def _steps_each(rows: int, batch_size: int) -> str:
+    """The steps of an epoch, as a person says it: `1 step`, `100.4 steps`, `about 0.16 steps`."""
+    steps = rows / batch_size
+    if steps == 1:
+        return "1 step"
+    shown = f"{steps:,.1f}".removesuffix(".0") if steps >= 1 else f"{steps:.2g}"
+    return f"{shown} steps" if rows % batch_size == 0 else f"about {shown} steps"
 
 
 def choose_warmup(recipe: Recipe, steps: int) -> Decision[int]:

@@ -42,7 +42,6 @@ __all__ = [
     "identify",
     "load_checkpoint",
     "read_progress",
-    "recover",
     "save_checkpoint",
 ]
 
@@ -156,15 +155,6 @@ def check_identity(folder: Path, identity: Identity) -> None:
 def read_progress(folder: Path) -> Progress:
     """How far the checkpoint in `folder` was. Raises TrainingError when it is damaged."""
     return _read_state(folder).progress
-
-
-def recover(folder: Path) -> bool:
-    """Whether `folder` holds a checkpoint; puts the older one back when a kill fell between the two renames."""
-    if not folder.is_dir():
-        older = sorted(folder.parent.glob(f".{folder.name}.*.old"))
-        if older:
-            older[-1].rename(folder)
-    return folder.is_dir()
 
 
 def _read_state(folder: Path) -> _State:

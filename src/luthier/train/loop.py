@@ -4,10 +4,13 @@
 
 Between two steps the state is whole: there the loop looks whether a signal came, saves, and can be gone on from, bit
 for bit the same run on a CPU (`--resume`). What each of these does is in session.py; the step itself in step.py.
+
+`train` has eight arguments, one more than the rule: it is the stage's one door, and a bundle would hide what it takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +22,8 @@ from luthier.data.batches import Batches
 from luthier.errors import Interrupted, UsageError
 from luthier.model.decoder import Decoder
 from luthier.plan.settings import Settings
-from luthier.runs import RunDirectory
-from luthier.train.checkpoint import Progress, TrainingRows, check_identity, identify, load_checkpoint, recover
+from luthier.runs import RunDirectory, recover_folder
+from luthier.train.checkpoint import Progress, TrainingRows, check_identity, identify, load_checkpoint
 from luthier.train.events import EndEvent, EventLog, Listener, forget_after
 from luthier.train.session import Session, make_trainee
 from luthier.train.signals import StopSignals
@@ -58,25 +61,27 @@ def train(
     base: str,
     listener: Listener,
     resume: bool = False,
+    companions: Callable[[Path], None] | None = None,
 ) -> TrainResult:
     """Train a LoRA on `decoder`, which has none yet, and write it to `run.adapter`; the decoder then holds it.
 
     `base` is the model's name as the adapter's file is to state it. With `resume` the run in the directory goes on
-    from its last checkpoint, or from the start where it had not come to one.
+    from its last checkpoint, or from the start where it had not come to one. `companions` is given the adapter's folder
+    before that is put in place, to write what belongs beside the adapter (a tokenizer): all of it appears at once.
 
     Raises UsageError (a run is there already, or the one there is another), TrainingError (a loss or gradient that is
-    not finite; a damaged checkpoint), Interrupted (a signal; a checkpoint is saved).
+    not finite; a damaged checkpoint), FitError (out of memory), Interrupted (a signal; a checkpoint is saved).
     """
     check_directory(run, resume=resume)
     last = run.checkpoints / "last"
-    begun = recover(last)
+    begun = recover_folder(last)
     torch.manual_seed(settings.seed)  # the generator of dropout
     trainee, identity = make_trainee(decoder, settings), identify(settings, dataset, base)
     progress = load_checkpoint(last, trainee, identity) if begun else Progress()
     forget_after(run.events, progress.step, progress.evaluated)
     with closing(listener), EventLog.opened(run.events) as log, StopSignals() as signals:
         session = Session(trainee, dataset, settings, run, identity, progress, log, listener)
-        end = _go(session, signals)
+        end = _go(session, signals, companions)
     if signals.received is not None:  # it came while the last files were written
         raise Interrupted(
             f"{signals.received.name}: stopped when training had just ended; the adapter is in {run.adapter}",
@@ -85,7 +90,7 @@ def train(
     return _result(end, run, session.progress)
 
 
-def _go(session: Session, signals: StopSignals) -> EndEvent:
+def _go(session: Session, signals: StopSignals, companions: Callable[[Path], None] | None) -> EndEvent:
     """The loop. A signal is looked for wherever the state is whole, so that it waits for a step or an evaluation."""
     settings = session.settings
     batches = Batches(session.dataset.train, settings.batch_size, settings.micro_batch, settings.seed)
@@ -98,7 +103,7 @@ def _go(session: Session, signals: StopSignals) -> EndEvent:
         if session.save_is_due():
             session.save("last")
         if session.progress.step == settings.steps:
-            return session.finish()
+            return session.finish(companions)
         session.step(batches)
 
 
@@ -124,7 +129,7 @@ def check_resumable(run: RunDirectory, dataset: TrainingRows, settings: Settings
     `train` refuses it too; a caller that writes the recipe and the plan into the directory asks before it does.
     """
     last = run.checkpoints / "last"
-    if recover(last):
+    if recover_folder(last):
         check_identity(last, identify(settings, dataset, base))
 
 

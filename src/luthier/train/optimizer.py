@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from luthier.errors import TrainingError, UsageError
+from luthier.errors import TrainingError
 from luthier.plan.settings import Optimizer as OptimizerName
+from luthier.plan.support import check_optimizer
 
 if TYPE_CHECKING:
     from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -28,12 +29,6 @@ __all__ = ["load_state", "make_optimizer", "state_tensors"]
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-DEVICES: dict[OptimizerName, tuple[str, ...]] = {
-    "adamw": ("cpu", "cuda", "mps"),
-    "adamw-8bit": ("cpu", "cuda"),
-    "paged-adamw-8bit": ("cuda",),
-}
-"""Where each one really exists (bitsandbytes 0.49–0.50: no 8-bit optimizer kernel for MPS, no paging but on CUDA)."""
 _CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' code books: one tensor that all parameters share, made anew on loading
 
 
@@ -42,13 +37,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer over `parameters`, in their order. Raises UsageError where their device has no such one."""
     leaves = list(parameters.values())
-    device = leaves[0].device.type
-    if device not in DEVICES[name]:
-        able = ", ".join(other for other, devices in DEVICES.items() if device in devices)
-        raise UsageError(
-            f"train.optimizer: {name} needs {' or '.join(DEVICES[name])}, and this run is on {device}",
-            f"set train.optimizer to one of: {able}",
-        )
+    check_optimizer(name, leaves[0].device.type)
     if name == "adamw":
         return torch.optim.AdamW(
             leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True

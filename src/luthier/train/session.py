@@ -6,19 +6,24 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, NoReturn
 
+import torch
+
 from luthier.data.batches import Batches
-from luthier.errors import Interrupted, TrainingError
+from luthier.errors import FitError, Interrupted, TrainingError
 from luthier.evaluate.loss import held_out_loss
 from luthier.model.adapter import load_adapter
 from luthier.model.decoder import Decoder
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from luthier.plan.settings import Settings
-from luthier.runs import RunDirectory, atomic_folder
-from luthier.train.checkpoint import Identity, Progress, TrainingRows, read_progress, recover, save_checkpoint
+from luthier.plan.support import QUANTIZE_DEVICES
+from luthier.runs import RunDirectory, atomic_folder, recover_folder
+from luthier.train.checkpoint import Identity, Progress, TrainingRows, read_progress, save_checkpoint
 from luthier.train.events import (
     EndEvent,
     EvalEvent,
@@ -90,14 +95,16 @@ class Session:
     def step(self, batches: Batches) -> None:
         """One optimizer step, with the micro-batches and the learning rate of its number.
 
-        Raises TrainingError, naming step, rows and last checkpoint, before anything is updated.
+        Raises TrainingError, naming step, rows and last checkpoint, before anything is updated; FitError, naming step
+        and last checkpoint, where memory does not suffice.
         """
         done, device = self.progress.step, self.trainee.decoder.device
         rate = self._set_learning_rate(done)
         reset_peaks(device)
         began = time.perf_counter()
         try:
-            result = take_step(self.trainee, batches.step(done), self.settings.clip)
+            with self._within_memory(f"step {done + 1}", trains=True):
+                result = take_step(self.trainee, batches.step(done), self.settings.clip)
         except StepError as error:
             where = _places(self.dataset, error.rows)
             raise TrainingError(f"step {done + 1}: {error.what}{self._last_good()}; {where}", error.remedy) from error
@@ -151,9 +158,13 @@ class Session:
         return now and bool(self.dataset.eval) and self.progress.evaluated != step
 
     def evaluate(self) -> None:
-        """Measure the held-out loss; the lowest after step 0 is kept as the checkpoint `best`."""
+        """Measure the held-out loss; the lowest after step 0 is kept as the checkpoint `best`.
+
+        Raises TrainingError where the loss is not finite, FitError where memory does not suffice.
+        """
         began, before, step = time.perf_counter(), self.progress, self.progress.step
-        held_out = held_out_loss(self.trainee.decoder, self.dataset.eval)
+        with self._within_memory(f"step {step}, measuring the held-out loss", trains=False):
+            held_out = held_out_loss(self.trainee.decoder, self.dataset.eval)
         seconds = time.perf_counter() - began
         if not math.isfinite(held_out.loss):
             raise TrainingError(f"step {step}: the held-out loss is not finite{self._last_good()}", NOT_FINITE)
@@ -203,14 +214,19 @@ class Session:
             "run the same command again with --resume to go on from there",
         )
 
-    def finish(self) -> EndEvent:
-        """Make the adapter of the checkpoint `best` (`last` where nothing was held out) the run's and the decoder's."""
+    def finish(self, companions: Callable[[Path], None] | None = None) -> EndEvent:
+        """Make the adapter of the checkpoint `best` (`last` where nothing was held out) the run's and the decoder's.
+
+        `companions` writes what belongs beside the adapter into its folder, before that is put in place.
+        """
         chosen: Literal["best", "last"] = "last" if self.progress.best_step is None else "best"
         folder = self.run.checkpoints / chosen
-        recover(folder)
+        recover_folder(folder)
         of = read_progress(folder)  # its own word: a GPU may find a slightly different best when a run is resumed
         with atomic_folder(self.run.adapter) as beside:
             shutil.copytree(folder / "adapter", beside, dirs_exist_ok=True)
+            if companions is not None:
+                companions(beside)
         load_adapter(self.trainee.decoder, self.run.adapter)
         self.trainee.decoder.eval()
         self.progress = replace(self.progress, best_eval=of.best_eval, best_step=of.best_step)
@@ -227,8 +243,40 @@ class Session:
         self.tell(end)
         return end
 
+    @contextmanager
+    def _within_memory(self, doing: str, *, trains: bool) -> Iterator[None]:
+        """The one place where running out of memory, however torch or Python says it, becomes a FitError."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            message = f"{doing}: out of memory on {self.settings.device}{self._last_good()}"
+            raise FitError(message, _smaller(self.settings, trains=trains)) from error
+
     def _last_good(self) -> str:
         return "" if self._saved is None else f"; the last checkpoint, of step {self._saved}, is whole"
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """torch has a class of its own for CUDA's allocator only; the others' errors are known by what they say."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate memory", "out of memory"))
+
+
+def _smaller(settings: Settings, *, trains: bool) -> str:
+    """What makes the run smaller and is not done yet. An evaluation has neither micro-batches nor a backward pass."""
+    ways: list[str] = []
+    if trains and settings.micro_batch > 1:
+        ways.append(f"train.micro_batch: {settings.micro_batch // 2} or less (the result is the same)")
+    if trains and not settings.checkpointing:
+        ways.append("train.checkpointing: true")
+    if settings.quantize == "none" and settings.device in QUANTIZE_DEVICES["nf4"]:
+        ways.append("quantize: nf4")
+    ways.append(f"a train.max_length below {settings.max_length}")
+    listed = " or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
+    return f"{listed}; it is then another run, with a directory of its own (--out)"
 
 
 def _places(dataset: TrainingRows, rows: Sequence[int], shown: int = 20) -> str:

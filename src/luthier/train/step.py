@@ -83,7 +83,7 @@ def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: G
         sums.append(summed.detach())
         loss = summed / labelled
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-    sums_M = torch.stack(sums).double().cpu()  # one wait for the device, after all the work is queued
+    sums_M = torch.stack(sums).cpu().double()  # one wait for the device, after all is queued; MPS has no float64
     finite_M = sums_M.isfinite().tolist()
     if not all(finite_M):
         bad = [batch for batch, finite in zip(micro_batches, finite_M, strict=True) if not finite]

@@ -1,0 +1,103 @@
+"""Writes of folders that a kill cut short: what was whole comes back, what was not goes, nobody else's is touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from luthier.runs import atomic_folder, recover_folder
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from luthier.runs import atomic_folder
+path, where = Path(sys.argv[1]), sys.argv[2]
+rename = Path.rename
+def renamed(self, target):
+    done = rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return done
+if where == "between":
+    Path.rename = renamed
+with atomic_folder(path) as beside:
+    (beside / "what").write_text("new")
+    if where == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def folder(path: Path, what: str) -> Path:
+    path.mkdir()
+    (path / "what").write_text(what)
+    return path
+
+
+def dead_pid() -> int:
+    """Of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["writing", "between"])
+def test_a_real_kill_leaves_the_older_and_no_litter(tmp_path: Path, where: str) -> None:
+    path = folder(tmp_path / "last", "old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path), where], check=False)
+    assert killed.returncode == -9
+    assert path.exists() == (where == "writing")
+    assert len(names(tmp_path)) == 2, "the kill left something behind"
+    assert recover_folder(path)
+    assert names(tmp_path) == ["last"]
+    assert (path / "what").read_text() == "old"
+
+
+def test_the_newest_comes_back_whatever_its_number(tmp_path: Path) -> None:
+    for pid, what, seconds in ((99_999_999, "older", 100), (100_000_000, "newest", 300), (88_888_888, "oldest", 50)):
+        older = folder(tmp_path / f".last.{pid}.old", what)
+        os.utime(older, (seconds, seconds))
+    assert recover_folder(tmp_path / "last")
+    assert (tmp_path / "last" / "what").read_text() == "newest"
+    assert names(tmp_path) == ["last"]
+
+
+def test_writing_removes_what_dead_processes_left(tmp_path: Path) -> None:
+    dead, mine, other = dead_pid(), os.getpid(), os.getppid()
+    path = folder(tmp_path / "a[b]", "old")
+    for pid in (dead, mine, other):
+        folder(tmp_path / f".a[b].{pid}.tmp", "half")
+        folder(tmp_path / f".a[b].{pid}.old", "older")
+    (tmp_path / f".a[b].{dead + 1}0000.tmp").write_text("a file of this name")
+    kept = [".a[b].x.old", f".ab.{dead}.tmp", f".last.{dead}.old", f"a[b].{dead}.tmp"]
+    for name in kept:
+        folder(tmp_path / name, "another's")
+    with atomic_folder(path) as beside:
+        assert names(beside) == []
+        (beside / "what").write_text("new")
+    assert names(tmp_path) == sorted([*kept, f".a[b].{other}.tmp", f".a[b].{other}.old", "a[b]"])
+    assert (path / "what").read_text() == "new"
+
+
+def test_a_block_that_fails_leaves_the_older(tmp_path: Path) -> None:
+    path = tmp_path / "last"
+    older = folder(tmp_path / f".last.{dead_pid()}.old", "old")
+    with pytest.raises(FileNotFoundError), atomic_folder(path) as beside:
+        (beside / "no such folder" / "what").write_text("new")
+    assert not older.exists()
+    assert names(tmp_path) == ["last"]
+    assert (path / "what").read_text() == "old"
+
+
+def test_nothing_to_recover(tmp_path: Path) -> None:
+    assert not recover_folder(tmp_path / "last")
+    assert not recover_folder(tmp_path / "nowhere" / "last")
+    folder(tmp_path / f".last.{dead_pid()}.tmp", "half")
+    assert not recover_folder(tmp_path / "last")
+    assert names(tmp_path) == []
