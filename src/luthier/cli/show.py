@@ -49,7 +49,7 @@ def plan(prepared: Prepared) -> None:
     trained = f"{made.trainable_parameters:,} of {made.total_parameters:,} parameters ({share:.1%}) are trained"
     console.say(f"\n[bold]plan[/]  {trained}")
     words = [f"[dim]{one.setting.split('.')[-1]}[/] {escape(shown_value(one.value))}" for one in made.decisions]
-    console.say("  ".join(words))
+    console.messages.print("  ".join(words))
     console.say("[dim]why each is what it is: luthier plan, or plan.json in the run directory[/]\n")
 
 
