@@ -26,9 +26,9 @@ Advance = Callable[[int, int], None]
 def say(text: str) -> None:
     """A message to the user, on stderr, in rich's markup: `escape` what is not ours.
 
-    Lines are left to the terminal to wrap, so that paths can be copied and log files searched.
+    Without a terminal no line is broken, so that log files can be searched.
     """
-    messages.print(text, soft_wrap=True)
+    messages.print(text, soft_wrap=not messages.is_terminal)
 
 
 def print_json(document: object) -> None:

@@ -28,7 +28,7 @@ def data(prepared: Prepared) -> None:
     console.messages.print(shown)
     for source in report.sources:
         how = f"{source.rows:,} rows read as {source.format} ({source.recognised})"
-        console.say(f"[dim]{escape(source.path)}: {escape(how)}[/]")
+        console.say(f"[dim]{escape(Path(source.path).name)}: {escape(how)}[/]")
     if report.truncated:
         cut = f"{report.truncated:,} rows are longer than {report.max_length:,} tokens and are cut at their end"
         console.say(f"[yellow]{cut}[/]: they do not teach the model to stop")
