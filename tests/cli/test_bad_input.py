@@ -126,6 +126,11 @@ def test_chat_with_what_is_no_model(luthier: Command, tmp_path: Path) -> None:
     refused(luthier("generate", tmp_path, "-p", "Hello"), USAGE, "neither a run directory nor an adapter")
 
 
+def test_a_typo_of_the_bundled_model(luthier: Command, tmp_path: Path, rows: Path) -> None:
+    made = recipe(tmp_path, "model: sprigg\ndata: rows.jsonl\n")
+    refused(luthier("run", made), USAGE, "sprigg", "did you mean sprig?")
+
+
 def test_unknown_preset(luthier: Command) -> None:
     refused(luthier("init", "--preset", "pirat"), USAGE, "pirat", "pirate")
 

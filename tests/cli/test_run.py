@@ -145,15 +145,16 @@ def test_one_seed_one_answer(run: Path, luthier: Command) -> None:
 
 
 def test_chat_remembers_resets_and_quits(run: Path) -> None:
-    said = "My name is Anna.\n/reset\nWhat colour is the sky?\n/quit\nnever read\n"
+    said = "My name is Anna.\n/reset\n/rest\nWhat colour is the sky?\n/quit\nnever read\n"
     command = [sys.executable, "-m", "luthier", "chat", str(run), "--base", "--temperature", "0"]
     done = subprocess.run(command, input=said, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "The sky is blue." in done.stdout
     assert "forgotten" in done.stderr
+    assert "there is no /rest" in done.stderr
 
 
-def test_interrupted_and_resumed_is_the_same_run(run: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_is_the_same_run(run: Path, luthier: Command, tmp_path: Path) -> None:
     """SIGINT as Ctrl-C sends it, to the command itself: exit 75, then `--resume` gives the uninterrupted adapter."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     command = [sys.executable, "-m", "luthier", "train", "recipe.yaml", "--out", "again"]
@@ -166,8 +167,13 @@ def test_interrupted_and_resumed_is_the_same_run(run: Path, tmp_path: Path) -> N
         rest = process.stderr.read()
     assert process.returncode == 75, rest
     assert "--resume" in rest
+    assert "error" not in rest
+    words = ["train", "again/recipe.yaml", "--resume", "--out", "again"]  # as `eval` tells people to go on
+    assert f"luthier {' '.join(words)}" in luthier("eval", "again").message
     assert not (tmp_path / "again" / "adapter").exists()
-    done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (tmp_path / "again", run))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)

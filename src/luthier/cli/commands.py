@@ -186,7 +186,7 @@ def export(
     run: RunFolder,
     to: Annotated[str, typer.Option("--to", metavar="KIND", help="hf, gguf or ollama.")],
     quantize: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="For gguf and ollama: f16 or q8_0. [gguf: f16, ollama: q8_0]")
+        str | None, typer.Option(metavar="TYPE", help="f16 or q8_0; left out: f16 for gguf, q8_0 for ollama.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -215,7 +215,8 @@ def generate(
     from luthier.generate.sampling import SamplingSpec
 
     spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed)
-    talk.answer_once(talk.open_target(run, base_only=base), prompt, system, talk.Limits(spec, max_tokens), as_json)
+    asked = talk.read_prompt(prompt)
+    talk.answer_once(talk.open_target(run, base_only=base), asked, system, talk.Limits(spec, max_tokens), as_json)
 
 
 def chat(

@@ -28,8 +28,10 @@ def export(run: RunDirectory, recipe: Recipe, kind: str, quantize: str | None) -
     """Write one export of the run and say what was written. gguf and ollama merge first where that was not done."""
     if kind not in KINDS:
         raise UsageError(f"there is no export {kind!r}", f"known: {', '.join(KINDS)}")
-    if quantize is not None and (kind == "hf" or quantize not in ("f16", "q8_0")):
-        raise UsageError(f"--quantize {quantize} is not for {kind}", "f16 or q8_0, for gguf and ollama")
+    if quantize is not None and quantize not in ("f16", "q8_0"):
+        raise UsageError(f"there is no --quantize {quantize}", "f16 or q8_0")
+    if quantize is not None and kind == "hf":
+        raise UsageError("--quantize is for gguf and ollama; hf is written in 16-bit", "leave it out")
     chosen = cast("Quantize | None", quantize) or KINDS[kind]
     if kind == "hf" or chosen is None:
         return _merge(run, recipe)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from luthier.cli import console
 from luthier.errors import FitError, UsageError
+from luthier.recipe.schema import BUNDLED_MODEL
 from luthier.runs import RunDirectory, read_json
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.hardware.device import Device
     from luthier.model.decoder import Decoder
 
-__all__ = ["Voice", "load_base", "open_target"]
+__all__ = ["Voice", "load_base", "open_target", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class Voice:
     name: str
     decoder: Decoder
     template: Template
+
+
+def unfinished(run: Path) -> UsageError:
+    """The error for a run without an adapter, with the command that finishes it."""
+    return UsageError(
+        f"the run in {run} has not ended: it has no adapter yet",
+        f"luthier train {RunDirectory(run).recipe} --resume --out {run}",
+    )
 
 
 def load_base(folder: Path, precision: str, device: str, quantize: Literal["none", "nf4"]) -> Decoder:
@@ -54,7 +63,7 @@ def open_target(target: Path, *, base_only: bool) -> Voice:
     adapter = _adapter_of(target)
     if adapter is None and base_only:
         raise UsageError(f"{target} is a whole model: there is no base under it", "leave out --base")
-    folder = target if adapter is None else locate_model(_base_of(adapter))
+    folder = locate_model(str(target) if adapter is None else _base_of(adapter))
     # What it was trained with lies beside the adapter; one that PEFT wrote has no tokenizer, and takes its base's.
     speaks = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
     with console.waiting(f"loading {target}"):
@@ -91,13 +100,13 @@ def _quantize(adapter: Path | None) -> Literal["none", "nf4"]:
 def _adapter_of(target: Path) -> Path | None:
     """The adapter that `target` holds or is; None for a whole model."""
     run = RunDirectory(target)
+    if str(target) == BUNDLED_MODEL and not target.exists():
+        return None
     if (target / "adapter_config.json").is_file():
         return target
     if run.recipe.is_file():
         if not run.adapter.is_dir():
-            raise UsageError(
-                f"the run in {target} has no adapter yet", "let it come to its end: luthier train --resume"
-            )
+            raise unfinished(target)
         return run.adapter
     if (target / "config.json").is_file():
         return None

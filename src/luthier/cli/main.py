@@ -11,9 +11,10 @@ import sys
 from typing import NoReturn
 
 import typer
+from rich.markup import escape
 
 from luthier.cli import commands, console
-from luthier.errors import LuthierError, UsageError
+from luthier.errors import Interrupted, LuthierError, UsageError
 
 __all__ = ["app", "main"]
 
@@ -48,6 +49,9 @@ def main() -> None:
     debugging = len(words) < len(sys.argv) - 1
     try:
         app(args=words, prog_name="luthier")
+    except Interrupted as stopped:  # what was asked for, not an error
+        console.say(f"{escape(stopped.message)}\n  [bold]next:[/] {escape(stopped.remedy or '')}")
+        sys.exit(stopped.exit_code)
     except LuthierError as error:
         if debugging:
             raise

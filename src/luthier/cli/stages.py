@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from luthier.cli import console
+from luthier.cli.loading import unfinished
 from luthier.data.conversation import digest
 from luthier.errors import DataError, UsageError
 from luthier.recipe.load import dump_recipe
@@ -89,9 +90,7 @@ def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
     if not run.recipe.is_file():
         raise UsageError(f"{path} is not a run directory: it has no {run.recipe.name}", "luthier train makes one")
     if not run.adapter.is_dir():
-        raise UsageError(
-            f"the run in {path} has not ended: it has no adapter yet", f"luthier train --resume --out {path}"
-        )
+        raise unfinished(path)
     return run, load_recipe(run.recipe)
 
 

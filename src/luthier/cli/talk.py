@@ -6,6 +6,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
+from rich.markup import escape
+
 from luthier.cli import console
 from luthier.cli.loading import Voice, open_target
 from luthier.data.conversation import Turn
@@ -13,7 +15,7 @@ from luthier.errors import UsageError
 from luthier.generate.generate import Completion, complete
 from luthier.generate.sampling import SamplingSpec
 
-__all__ = ["Limits", "answer_once", "converse", "open_target"]
+__all__ = ["Limits", "answer_once", "converse", "open_target", "read_prompt"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,21 @@ class Limits:
     max_tokens: int
 
 
-def answer_once(voice: Voice, prompt: str, system: str | None, limits: Limits, as_json: bool) -> None:
-    """Answer `prompt` (`-`: what stands on standard input) and end."""
+def read_prompt(prompt: str) -> str:
+    """`prompt`, or what stands on standard input where it is `-`. Asked for before a model is loaded."""
     try:
-        prompt = sys.stdin.read().strip() if prompt == "-" else prompt
-        prompt.encode()  # what the shell could not decode stands in it as lone surrogates
+        given = sys.stdin.read().strip() if prompt == "-" else prompt
+        given.encode()  # what the shell could not decode stands in it as lone surrogates
     except UnicodeError as error:
         raise UsageError("the prompt is not UTF-8 text", "write or save it as UTF-8") from error
-    if not prompt:
-        raise UsageError("the prompt is empty", "write what you want to ask after --prompt")
+    if not given:
+        where = "standard input is empty" if prompt == "-" else "the prompt is empty"
+        raise UsageError(where, "write what you want to ask after --prompt, or pipe it in with --prompt -")
+    return given
+
+
+def answer_once(voice: Voice, prompt: str, system: str | None, limits: Limits, as_json: bool) -> None:
+    """Answer `prompt` and end."""
     turns = [*_system(system), Turn("user", prompt)]
     began = time.perf_counter()
     answer = _answer(voice, turns, limits, quiet=as_json)
@@ -46,19 +54,31 @@ def answer_once(voice: Voice, prompt: str, system: str | None, limits: Limits, a
 
 def converse(voice: Voice, system: str | None, limits: Limits) -> None:
     """Talk until the user has had enough. Each answer sees the whole conversation before it."""
-    console.say(f"[bold]{voice.name}[/]  /reset forgets, /quit ends, Ctrl-C stops an answer")
+    console.say(f"[bold]{escape(voice.name)}[/]  /reset forgets, /quit ends, Ctrl-C stops an answer")
     turns = list(_system(system))
+    leaving = False
     while True:
         try:
             said = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             console.say("")
             return
+        except KeyboardInterrupt:
+            if leaving:
+                return
+            leaving = True
+            console.say("\n[dim](Ctrl-C again or /quit to leave)[/]")
+            continue
+        leaving = False
         if said in ("/quit", "/exit"):
             return
         if said == "/reset":
             turns = list(_system(system))
             console.say("[dim]forgotten[/]")
+            continue
+        if said.startswith("/"):
+            unknown = "" if said == "/help" else f"; there is no {escape(said)}"
+            console.say(f"[dim]/reset forgets, /quit ends{unknown}[/]")
             continue
         if not said:
             continue

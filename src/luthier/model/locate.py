@@ -8,6 +8,7 @@ download.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
             else f"the hub cannot be reached ({_first_line(error.__cause__ or error)})"
         )
         raise ModelError(
-            f"the model {name} is neither a folder nor in the hub's cache on this machine, and {why}",
+            f"the model {name} is neither a folder nor in the hub's cache on this machine, and {why}{_meant(name)}",
             f"Connect once and run this again, copy the model's folder here, or use the bundled `model: {BUNDLED}`.",
         ) from error
     except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's own root error
@@ -145,3 +146,8 @@ def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _meant(name: str) -> str:
+    """A question, where `name` looks like the bundled model's."""
+    return f"; did you mean {BUNDLED}?" if difflib.get_close_matches(name, [BUNDLED]) else ""

@@ -148,7 +148,7 @@ def check_identity(folder: Path, identity: Identity) -> None:
         listed = "\n".join(f"  {difference}" for difference in differences)
         raise UsageError(
             f"{folder}: the run that was begun is not the one asked for now:\n{listed}",
-            "put back the recipe and the data of the run, or train into another directory (--out)",
+            "give the run's own recipe.yaml and data (and no other --set), or train into another directory (--out)",
         )
 
 
