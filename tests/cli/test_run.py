@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from luthier.model.locate import locate_model
 from tests.cli.command import Command, Ended
 
 RECIPE = """\
@@ -190,3 +191,18 @@ def test_presets_are_listed(luthier: Command) -> None:
     ended = luthier("presets", "--json")
     assert ended.code == 0
     assert {"pirate", "tales", "chat", "instruct", "qa", "qlora-8b"} == {one["name"] for one in json.loads(ended.out)}
+
+
+def test_qlora_trains_and_merges_into_the_unquantised_base(luthier: Command, tmp_path: Path) -> None:
+    """4-bit weights while training; the merge takes the unquantised ones, and leaves the rest bit for bit alone."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("[hf, gguf, ollama]", "[hf]"))
+    found = document(luthier("run", "recipe.yaml", "--set", "quantize=nf4", "--set", "evaluate.tasks=[]", "--json"))
+    assert json.loads((tmp_path / "runs/recipe/plan.json").read_text())["settings"]["quantize"] == "nf4"
+    evaluation = found["evaluation"]
+    assert isinstance(evaluation, dict)
+    assert evaluation["tuned"]["loss"] < evaluation["base"]["loss"]
+    base = load_file(locate_model("sprig") / "model.safetensors")
+    merged = load_file(tmp_path / "runs/recipe/exports/hf/model.safetensors")
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if bool((base[name] != merged[name]).any())}
+    assert changed == {name for name in base if "_proj" in name}
