@@ -13,20 +13,18 @@ by the run it is: `load_checkpoint` refuses, with the differences, when settings
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import orjson
 import torch
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from luthier.data.conversation import Example, Source
+from luthier.data.conversation import Example, Source, digest
 from luthier.errors import TrainingError, UsageError
 from luthier.model.adapter import load_adapter, save_adapter
 from luthier.plan.settings import Settings
@@ -99,15 +97,8 @@ _STATE = TypeAdapter(_State)
 
 def identify(settings: Settings, dataset: TrainingRows, base: str) -> Identity:
     """The identity of a run with these settings on this data; the digest is SHA-256 over ids and labels, in order."""
-    digest = hashlib.sha256()
-    for part in (dataset.train, dataset.eval):
-        digest.update(f"{len(part)};".encode())
-        for example in part:
-            digest.update(f"{len(example.ids)};".encode())
-            digest.update(np.asarray(example.ids, dtype=np.int32).tobytes())
-            digest.update(np.asarray(example.labels, dtype=np.int32).tobytes())
     as_json: dict[str, JsonValue] = orjson.loads(orjson.dumps(asdict(settings)))
-    return Identity(base=base, data=digest.hexdigest(), settings=as_json)
+    return Identity(base=base, data=digest(dataset.train, dataset.eval), settings=as_json)
 
 
 def save_checkpoint(folder: Path, trainee: Trainee, progress: Progress, identity: Identity) -> None:
