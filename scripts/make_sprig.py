@@ -52,7 +52,7 @@ STEPS = 2800
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 150
 LIMIT_BYTES = 10_000_000
-# glibc gives each large tensor back to the kernel and takes it again, page by page; kept, training is a third faster.
+# glibc gives each large tensor back to the kernel and takes it again, page by page, unless it is told to keep them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
@@ -128,7 +128,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids([END, TURN]),
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",  # on a CPU faster than sdpa at these sizes
+        attn_implementation="eager",  # as the committed weights were made; another rounds differently
     )
     return LlamaForCausalLM(config)
 

@@ -142,7 +142,7 @@ def train(
     from luthier.cli import stages
 
     prepared, directory = _start(recipe, out, sets, resume)
-    result = stages.train(prepared, directory, resume=resume)
+    result, _ = stages.train(prepared, directory, resume=resume)
     if as_json:
         console.print_json(stages.train_document(result))
     else:
@@ -177,9 +177,10 @@ def evaluate(run: RunFolder, as_json: Json = False) -> None:
 def merge(run: RunFolder, as_json: Json = False) -> None:
     """Merge the adapter into the unquantised base, in 16-bit, as a folder that transformers loads."""
     from luthier.cli import exporting, stages
+    from luthier.model.locate import locate_model
 
     directory, recipe = stages.reopen(run)
-    _exported(exporting.export(directory, recipe, "hf", None), as_json)
+    _exported(exporting.export(directory, recipe, locate_model(recipe.model), "hf"), as_json)
 
 
 def export(
@@ -192,9 +193,10 @@ def export(
 ) -> None:
     """Write the tuned model for another program: transformers, llama.cpp or Ollama."""
     from luthier.cli import exporting, stages
+    from luthier.model.locate import locate_model
 
     directory, recipe = stages.reopen(run)
-    _exported(exporting.export(directory, recipe, to, quantize), as_json)
+    _exported(exporting.export(directory, recipe, locate_model(recipe.model), to, quantize), as_json)
 
 
 def generate(

@@ -24,7 +24,7 @@ KINDS: dict[str, Quantize | None] = {"hf": None, "gguf": "f16", "ollama": "q8_0"
 """Kind -> the type of its weights where the user does not say."""
 
 
-def export(run: RunDirectory, recipe: Recipe, kind: str, quantize: str | None) -> dict[str, object]:
+def export(run: RunDirectory, recipe: Recipe, base: Path, kind: str, quantize: str | None = None) -> dict[str, object]:
     """Write one export of the run and say what was written. gguf and ollama merge first where that was not done."""
     if kind not in KINDS:
         raise UsageError(f"there is no export {kind!r}", f"known: {', '.join(KINDS)}")
@@ -34,20 +34,19 @@ def export(run: RunDirectory, recipe: Recipe, kind: str, quantize: str | None) -
         raise UsageError("--quantize is for gguf and ollama; hf is written in 16-bit", "leave it out")
     chosen = cast("Quantize | None", quantize) or KINDS[kind]
     if kind == "hf" or chosen is None:
-        return _merge(run, recipe)
+        return _merge(run, recipe, base)
     if not (run.export("hf") / "config.json").is_file():
-        _merge(run, recipe)
+        _merge(run, recipe, base)
     with console.waiting(f"writing {kind} ({chosen})"):
-        return _gguf(run, recipe, chosen) if kind == "gguf" else _ollama(run, recipe, chosen)
+        return _gguf(run, recipe, base, chosen) if kind == "gguf" else _ollama(run, recipe, base, chosen)
 
 
-def _merge(run: RunDirectory, recipe: Recipe) -> dict[str, object]:
+def _merge(run: RunDirectory, recipe: Recipe, base: Path) -> dict[str, object]:
     from luthier.data.render import make_template
     from luthier.data.tokenizer import load_tokenizer
     from luthier.export.huggingface import export_huggingface
-    from luthier.model.locate import locate_model
 
-    out, base = run.export("hf"), locate_model(recipe.model)
+    out = run.export("hf")
     # What was trained lies beside the adapter: an export needs neither the rows nor this machine's plan.
     template = make_template("model", load_tokenizer(run.adapter))
     with console.waiting("merging the adapter into the base, in 16-bit"):
@@ -57,19 +56,19 @@ def _merge(run: RunDirectory, recipe: Recipe) -> dict[str, object]:
     return {"kind": "hf", "path": str(out), **facts}
 
 
-def _gguf(run: RunDirectory, recipe: Recipe, quantize: Quantize) -> dict[str, object]:
+def _gguf(run: RunDirectory, recipe: Recipe, base: Path, quantize: Quantize) -> dict[str, object]:
     from luthier.export.gguf import write_gguf
 
     path = run.export("gguf") / f"model-{quantize}.gguf"
-    written = write_gguf(run.export("hf"), path, quantize, _about(run, recipe))
+    written = write_gguf(run.export("hf"), path, quantize, _about(run, recipe, base))
     _say_notes(written.notes)
     return _file("gguf", path, written)
 
 
-def _ollama(run: RunDirectory, recipe: Recipe, quantize: Quantize) -> dict[str, object]:
+def _ollama(run: RunDirectory, recipe: Recipe, base: Path, quantize: Quantize) -> dict[str, object]:
     from luthier.export.ollama import export_ollama
 
-    made = export_ollama(run.export("hf"), run.export("ollama"), quantize=quantize, about=_about(run, recipe))
+    made = export_ollama(run.export("hf"), run.export("ollama"), quantize=quantize, about=_about(run, recipe, base))
     _say_notes(made.notes)
     return {**_file("ollama", made.folder, made.gguf), "notes": list(made.notes), "command": made.command}
 
@@ -84,12 +83,11 @@ def _say_notes(notes: Sequence[str]) -> None:
         console.say(f"[dim]{escape(note)}[/]")
 
 
-def _about(run: RunDirectory, recipe: Recipe) -> About:
+def _about(run: RunDirectory, recipe: Recipe, base: Path) -> About:
     from luthier.export.gguf import About
     from luthier.export.huggingface import base_license
-    from luthier.model.locate import locate_model
 
-    return About(run.path.resolve().name, recipe.model, base_license(locate_model(recipe.model)))
+    return About(run.path.resolve().name, recipe.model, base_license(base))
 
 
 def _card(run: RunDirectory, recipe: Recipe, base: Path) -> ModelCard:

@@ -41,11 +41,14 @@ def load_base(folder: Path, precision: str, device: str, quantize: Literal["none
     import torch
 
     from luthier.model.load import load_decoder
+    from luthier.train.memory import out_of_memory
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     try:
         return load_decoder(folder, dtype=dtype, device=device, quantize=quantize)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise FitError(
             f"the weights of {folder.name} in {precision} do not fit the memory of this {device} device",
             "quantize: nf4 takes a quarter of it (train again with it); or free the memory that others hold",

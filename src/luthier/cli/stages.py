@@ -94,8 +94,11 @@ def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
     return run, load_recipe(run.recipe)
 
 
-def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> TrainResult:
-    """Tune an adapter; leaves recipe.yaml, plan.json, data/data.json, events.jsonl, checkpoints/ and adapter/."""
+def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[TrainResult, Decoder]:
+    """Tune an adapter; leaves recipe.yaml, plan.json, data/data.json, events.jsonl, checkpoints/ and adapter/.
+
+    The decoder that is given back holds the run's adapter.
+    """
     from luthier.export.merge import write_tokenizer
     from luthier.plan.plan import as_document
     from luthier.train.display import make_display
@@ -108,7 +111,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> TrainResult
     write_text(run.recipe, dump_recipe(prepared.recipe))
     write_json(run.plan, as_document(prepared.plan))
     write_json(run.data, {**prepared.dataset.report.as_document(), "digest": prepared.digest})
-    return train_loop(
+    result = train_loop(
         decoder,
         prepared.dataset,
         prepared.plan.settings,
@@ -119,6 +122,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> TrainResult
         # As PEFT's users do: the adapter's folder alone then says how to talk to it.
         companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
     )
+    return result, decoder
 
 
 def check_free(run: RunDirectory, recipe: Recipe, *, resume: bool) -> None:
@@ -152,8 +156,8 @@ def load_tuned(prepared: Prepared, run: RunDirectory) -> Decoder:
     return decoder.eval()
 
 
-def evaluate(prepared: Prepared, run: RunDirectory) -> dict[str, object]:
-    """Base against tuned on held-out rows; leaves eval.json and gives its document.
+def evaluate(prepared: Prepared, run: RunDirectory, decoder: Decoder | None = None) -> dict[str, object]:
+    """Base against tuned on held-out rows; leaves eval.json and gives its document. Loads the model where not given.
 
     Raises DataError where the rows are no longer those of the run: what is held out now may have been trained on.
     """
@@ -165,7 +169,7 @@ def evaluate(prepared: Prepared, run: RunDirectory) -> dict[str, object]:
             f"the data is not what {run.path} was trained on, so nothing says which rows were held out",
             "put the rows back as they were, or train again on the new ones",
         )
-    decoder = load_tuned(prepared, run)
+    decoder = load_tuned(prepared, run) if decoder is None else decoder
     with console.counting("asking base and tuned the same held-out questions") as advance:
         comparison = compare(decoder, prepared.dataset, prepared.recipe.evaluate, progress=advance)
     document = as_document(comparison)
@@ -181,11 +185,12 @@ def run_all(prepared: Prepared, run: RunDirectory, *, resume: bool) -> dict[str,
 
     show.data(prepared)
     show.plan(prepared)
-    result = train(prepared, run, resume=resume)
+    result, decoder = train(prepared, run, resume=resume)
     evaluated: dict[str, object] | None = None
     if prepared.dataset.eval or prepared.dataset.test:
-        evaluated = evaluate(prepared, run)
-    exported = [export(run, prepared.recipe, kind, None) for kind in prepared.recipe.export]
+        evaluated = evaluate(prepared, run, decoder)
+    del decoder  # exports read files: its memory is theirs
+    exported = [export(run, prepared.recipe, prepared.base, kind) for kind in prepared.recipe.export]
     return {
         "schema": SCHEMA_VERSION,
         "run": str(run.path),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-__all__ = ["Memory", "memory_now", "reset_peaks"]
+__all__ = ["Memory", "memory_now", "out_of_memory", "reset_peaks"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,10 @@ def memory_now(device: torch.device) -> Memory:
         return Memory(held, held, driver)
     resident = psutil.Process().memory_info().rss / 2**30
     return Memory(resident, resident, resident)
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """torch has a class of its own for CUDA's allocator only; the others' errors are known by what they say."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate memory", "out of memory"))

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-import torch
-
 from luthier.data.batches import Batches
 from luthier.errors import FitError, Interrupted, TrainingError
 from luthier.evaluate.loss import held_out_loss
@@ -37,7 +35,7 @@ from luthier.train.events import (
     WarningEvent,
     tell,
 )
-from luthier.train.memory import memory_now, reset_peaks
+from luthier.train.memory import memory_now, out_of_memory, reset_peaks
 from luthier.train.optimizer import make_optimizer
 from luthier.train.schedule import learning_rate
 from luthier.train.step import NOT_FINITE, StepError, StepResult, Trainee, make_scaler, take_step
@@ -245,24 +243,17 @@ class Session:
 
     @contextmanager
     def _within_memory(self, doing: str, *, trains: bool) -> Iterator[None]:
-        """The one place where running out of memory, however torch or Python says it, becomes a FitError."""
+        """The one place where running out of memory in training becomes a FitError."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             message = f"{doing}: out of memory on {self.settings.device}{self._last_good()}"
             raise FitError(message, _smaller(self.settings, trains=trains)) from error
 
     def _last_good(self) -> str:
         return "" if self._saved is None else f"; the last checkpoint, of step {self._saved}, is whole"
-
-
-def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """torch has a class of its own for CUDA's allocator only; the others' errors are known by what they say."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate memory", "out of memory"))
 
 
 def _smaller(settings: Settings, *, trains: bool) -> str:
