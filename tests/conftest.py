@@ -18,6 +18,12 @@ from tests import tiny
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared data goes to a folder of this test session, never to the user's cache."""
+    os.environ["LUTHIER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and Llama 3's vocabulary; the test skips, and says so, where it is not there."""

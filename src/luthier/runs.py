@@ -1,6 +1,6 @@
 """The run directory: the interface between stages.
 
-    runs/<name>/ recipe.yaml  plan.json  data/data.json  events.jsonl
+    runs/<name>/ recipe.yaml  plan.json  data/{data.json,rejected.jsonl}  events.jsonl
                  checkpoints/{best,last}/…  adapter/  eval.json  exports/<kind>/…
 
 Every write is atomic: a file is written beside its place, flushed to disk and renamed; a folder likewise. So a
@@ -23,13 +23,23 @@ from pathlib import Path
 import orjson
 import psutil
 
-__all__ = ["SCHEMA_VERSION", "RunDirectory", "atomic_folder", "read_json", "recover_folder", "write_json", "write_text"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "RunDirectory",
+    "atomic_folder",
+    "flush_folder",
+    "read_json",
+    "recover_folder",
+    "write_json",
+    "write_text",
+]
 
 SCHEMA_VERSION = 1
 """Written as `schema` into every JSON document of a run; raised when a name in one changes its meaning."""
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make renames in `folder` last beyond a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def write_json(path: Path, document: object) -> None:
@@ -73,7 +83,7 @@ def recover_folder(path: Path) -> bool:
         older = [left for left, _ in _leftovers(path) if left.suffix == ".old" and left.is_dir()]
         if older:
             max(older, key=lambda folder: folder.stat().st_mtime_ns).rename(path)
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
     for left, pid in _leftovers(path):
         # Our own number on a leftover is of a process before us: a container gives the same ones at every start.
         if pid == os.getpid() or not psutil.pid_exists(pid):
@@ -115,7 +125,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(older)
         beside.rename(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
         _remove(older)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -138,6 +148,10 @@ class RunDirectory:
     @property
     def data(self) -> Path:
         return self.path / "data" / "data.json"
+
+    @property
+    def rejected(self) -> Path:
+        return self.path / "data" / "rejected.jsonl"
 
     @property
     def events(self) -> Path:

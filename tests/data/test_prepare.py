@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
+import numpy as np
 import pytest
 
 from luthier.data.conversation import IGNORED
-from luthier.data.prepare import limit_length, prepare
+from luthier.data.prepare import limit_length, prepare, rejected_rows
 from luthier.data.tokenizer import ChatTokenizer, load_tokenizer
-from luthier.errors import DataError
+from luthier.errors import DataError, UsageError
 from luthier.recipe.schema import Recipe
 from luthier.runs import read_json, write_json
 from tests import tiny
@@ -38,7 +40,8 @@ def test_every_row_is_on_one_side_with_its_place(tmp_path, tokenizer):
     everything = [*found.train, *found.eval, *found.test]
     assert sorted(example.row for example in everything) == list(range(120))
     assert all(found.places[example.row].line == example.row + 1 for example in everything)
-    assert calls == [(120, 120)]
+    assert calls[-1] == (120, 120)
+    assert all(done <= total for done, total in calls)
     for example in found.eval:
         text = tokenizer.decode(example.ids[: example.answer_start].tolist())
         assert example.fields["question"] in text
@@ -56,9 +59,10 @@ def test_the_report_counts_what_is_there(tmp_path, tokenizer):
     document = read_json(tmp_path / "data.json")
     assert isinstance(document, dict)
     assert document["sources"] == [
-        {"path": str(path), "rows": 60, "format": "question-answer",
-         "recognised": "recognised by question and answer", "split": "all"}
+        {"path": str(path), "rows": 60, "rejected": 0, "format": "question-answer",
+         "recognised": found.report.sources[0].recognised, "split": "all", "weight": 1.0}
     ]  # fmt: skip
+    assert "question and answer" in found.report.sources[0].recognised
     assert (document["template"], document["end_of_turn"], document["rows"]) == ("model", "<|eot_id|>", 60)
     train = document["splits"]["train"]
     assert train["rows"] == len(found.train)
@@ -153,3 +157,150 @@ def test_real_rows_under_llama_3_take_seconds(shared):
     assert set(ends) == {found.template.end_of_turn}
     answers = {json.loads(line)["answer"] for line in (shared / "data" / "gsm8k_train.jsonl").open(encoding="utf-8")}
     assert all(llama.decode(e.ids[e.answer_start : -1].tolist()) in answers for e in found.eval[:200])
+
+
+def test_a_second_start_reads_no_rows_and_gives_the_same(tmp_path, tokenizer, monkeypatch):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(80))
+    first = prepare(recipe(path), tokenizer)
+    monkeypatch.setattr("luthier.data.prepare.build_store", lambda *_: pytest.fail("built again"))
+    again = prepare(recipe(path), tokenizer)
+    assert again.digest == first.digest
+    assert again.report == first.report
+    assert [one.ids.tolist() for one in again.eval] == [one.ids.tolist() for one in first.eval]
+    # What only decides how rows are used needs no other store; neither does where the file lies.
+    other = prepare(recipe(path, split={"train": 0.5, "eval": 0.5}, long_rows="drop"), tokenizer)
+    assert len(other.eval) > len(first.eval)
+    moved = prepare(recipe(path.rename(tmp_path / "moved.jsonl")), tokenizer)
+    assert moved.places[0].file == str(tmp_path / "moved.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"template": "Q: {question}\nA: {answer}"},
+        {"train_on": "all"},
+        {"split_by": "question"},
+        {"data": [{"path": "rows.jsonl", "fields": {"answer": "question", "question": "answer"}}]},
+    ],
+)
+def test_what_changes_the_tokens_makes_another_store(tmp_path, tokenizer, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_rows(tmp_path / "rows.jsonl", questions(20))
+    first = prepare(Recipe(model="unused", data=["rows.jsonl"]), tokenizer)
+    other = prepare(Recipe(**{"model": "unused", "data": ["rows.jsonl"], **change}), tokenizer)
+    assert other.store.folder != first.store.folder
+
+
+def test_a_changed_file_is_read_again(tmp_path, tokenizer):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(20))
+    first = prepare(recipe(path), tokenizer)
+    before = path.stat()
+    path.write_text(path.read_text(encoding="utf-8").replace("What is 7", "What is 8"), encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time: as close as it gets
+    assert prepare(recipe(path), tokenizer).digest != first.digest
+
+
+def test_weights_are_of_the_training_rows(tmp_path, tokenizer):
+    for name in ("a", "b"):
+        tiny.write_rows(tmp_path / f"{name}.jsonl", [{"question": f"{name}{n}?", "answer": "x"} for n in range(40)])
+    sources = [{"path": str(tmp_path / "a.jsonl"), "weight": 2.5}, {"path": str(tmp_path / "b.jsonl")}]
+    found = prepare(recipe(sources), tokenizer)
+    assert {found.places[row].file[-7]: w for row, w in zip(found.train.rows, found.train.weights, strict=True)} == {
+        "a": 2.5,
+        "b": 1.0,
+    }
+    assert set(found.eval.weights.tolist()) == {1.0}
+
+
+def test_prompt_tokens_count_in_training_only(tmp_path, tokenizer):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(40))
+    plain, weighed = prepare(recipe(path), tokenizer), prepare(recipe(path, prompt_loss_weight=0.1), tokenizer)
+    one, was = weighed.train[0], plain.train[0]
+    assert one.labels.tolist() == one.ids.tolist()
+    assert one.weights is not None
+    assert ((one.weights == 1.0) == (was.labels != IGNORED)).all()
+    assert set(one.weights[was.labels == IGNORED].tolist()) == {np.float32(0.1)}
+    assert weighed.eval[0].weights is None
+    assert weighed.eval[0].labels.tolist() == plain.eval[0].labels.tolist()
+    assert weighed.digest != plain.digest
+
+
+def test_bad_rows_stop_with_all_of_them_or_are_put_aside(tmp_path, tokenizer):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(30))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"question": "half\n{"question": "no answer"}\n{"question": "a", "answer": " "}\n')
+    with pytest.raises(DataError, match="3 of 33 rows cannot be used") as caught:
+        prepare(recipe(path), tokenizer)
+    assert [problem.line for problem in caught.value.problems] == [31, 32, 33]
+    assert "on_bad_row: skip" in str(caught.value.remedy)
+    found = prepare(recipe(path, on_bad_row="skip"), tokenizer)
+    assert found.report.rejected == 3
+    assert found.report.rows == 33
+    assert len(found.train) + len(found.eval) == 30
+    assert any("3 rows cannot be used and are skipped" in note for note in found.report.notes)
+    assert [row.line for row in rejected_rows(found.sources, found.store)] == [31, 32, 33]
+
+
+def test_all_rows_rejected(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": ""}\n{"question": "b", "answer": ""}\n', encoding="utf-8")
+    for policy in ("stop", "skip"):
+        with pytest.raises(DataError, match="none of the 2 rows can be used"):
+            prepare(recipe(path, on_bad_row=policy), tokenizer)
+
+
+def test_rows_without_the_key_of_split_by_cannot_be_used(tmp_path, tokenizer):
+    rows = [{**row, "user": f"u{n % 5}"} for n, row in enumerate(questions(40))]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    found = prepare(recipe(path, split_by="user", split={"train": 0.5, "eval": 0.5}), tokenizer)
+    sides = {}
+    for name in ("train", "eval"):
+        for row in found.split(name).rows.tolist():
+            sides.setdefault(row % 5, set()).add(name)
+    assert all(len(names) == 1 for names in sides.values())
+    with pytest.raises(DataError, match="the row has no text under 'name', by which `split_by` keeps rows together"):
+        prepare(recipe(path, split_by="name"), tokenizer)
+
+
+def test_held_out_rows_that_are_also_trained_on_are_counted(tmp_path, tokenizer):
+    tiny.write_rows(tmp_path / "a.jsonl", questions(30))
+    tiny.write_rows(tmp_path / "b.jsonl", [*questions(4), {"question": "Another?", "answer": "Yes."}])
+    sources = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl"), "split": "eval"}]
+    found = prepare(recipe(sources), tokenizer)
+    assert found.report.duplicates.leaked == 4
+    assert any("4 held-out rows say the same as a row that is trained on" in note for note in found.report.notes)
+
+
+def test_long_rows_refused_or_left_out(tmp_path, tokenizer):
+    rows = [*questions(20), {"question": "q", "answer": "long " * 60}]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    everything = {"train": 1.0, "eval": 0.0}
+    with pytest.raises(DataError, match="1 row is longer than max_length 40, and `long_rows` is error") as caught:
+        prepare(recipe(path, long_rows="error", split=everything), tokenizer, 40)
+    assert caught.value.problems[0].line == 21
+    found = prepare(recipe(path, long_rows="drop", split=everything), tokenizer, 40)
+    assert (found.report.excluded_rows, found.report.excluded[0].line, len(found.train)) == (1, 21, 20)
+    with pytest.raises(DataError, match="all are longer than max_length 8"):
+        prepare(recipe(path, long_rows="drop", split=everything), tokenizer, 8)
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "file"))
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(5))
+    with pytest.raises(UsageError, match="prepared data cannot be kept in") as caught:
+        prepare(recipe(path), tokenizer)
+    assert "LUTHIER_CACHE" in str(caught.value.remedy)
+
+
+def test_stores_that_nobody_used_for_a_month_are_removed(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    stores = [
+        prepare(recipe(tiny.write_rows(tmp_path / f"{n}.jsonl", questions(n))), tokenizer).store.folder for n in (5, 6)
+    ]
+    long_ago = time.time() - 40 * 24 * 3600
+    for folder in stores:
+        os.utime(folder, (long_ago, long_ago))
+    prepare(recipe(tmp_path / "6.jsonl"), tokenizer)  # used again
+    prepare(recipe(tiny.write_rows(tmp_path / "7.jsonl", questions(7))), tokenizer)
+    assert [folder.exists() for folder in stores] == [False, True]

@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from luthier.data.conversation import IGNORED, Conversation, Source, Turn
@@ -187,7 +188,7 @@ def test_a_template_that_rewrites_history_is_refused_by_turn(tmp_path):
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "no special token"),
         ("{% for m in messages %}", "not valid jinja"),
         ("{{ messages[0]['content'] + 3 }}", "fails on the conversation"),
-        ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
+        ("{{ ''.__class__.__mro__ }}", "reaches for what no template may"),
         ("{{ raise_exception('never') }}", "never"),
     ],
 )
@@ -215,6 +216,108 @@ def test_an_answer_begun_otherwise_than_prompted_is_refused(tmp_path):
     template = make_template("model", make_chat_tokenizer(tmp_path, source))
     with pytest.raises(DataError, match="turn 2 has no honest mask: the chat template does not begin the answer as it"):
         template.encode(chat("q", "a"))
+
+
+def faults(template: Template, *conversations: Conversation) -> dict[int, str]:
+    found = template.encode_chunk(conversations)
+    assert all(fault.remedy for fault in found.faults.values())
+    assert (found.lengths > 0).tolist() == [i not in found.faults for i in range(len(conversations))]
+    assert len(found.ids) == len(found.labels) == found.lengths.sum()
+    return {i: fault.reason for i, fault in found.faults.items()}
+
+
+def test_a_faulty_row_harms_no_other(tmp_path):
+    template = make_template("model", make_chat_tokenizer(tmp_path, INSTRUCT))
+    refused = Conversation((Turn("tool", "t"), Turn("assistant", "a", True)), HERE)
+    halved = chat("q", "half of a pair: \ud83e")
+    found = faults(template, chat("q", "a"), refused, chat("q", "a <|eot_id|>"), halved, chat("q", "b"))
+    assert list(found) == [1, 3]
+    assert "Only user and assistant roles are supported" in found[1]
+    assert "half of a UTF-16 pair (U+D83E)" in found[3]
+    assert not faults(template)
+    every = make_template("{question}\n{answer}", template.tokenizer)
+    rows = [row("question-answer", question="q", answer=answer) for answer in ("a", "b")]
+    lacking = Conversation(rows[0].turns, HERE, {"question": "q"})
+    assert faults(every, rows[0], lacking, rows[1]) == {
+        1: "the template names {answer}, which the row lacks; it has question"
+    }
+    halved = Conversation(chat("half \udc00").turns, HERE, plain=True)
+    assert "half of a UTF-16 pair" in faults(template, halved)[0]
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("{{ raise_exception('not this one') }}", "not this one"),
+        ("{{ messages.x.y }}", "has no attribute 'x'"),
+        ("{{ ''.__class__ }}", "reaches for what no template may"),
+        ("{{ 'a' * 10**10 }}", "grows without bound"),
+        ("{{ bos_token }}", "the beginning-of-text token 2 times"),
+    ],
+)
+def test_what_goes_wrong_with_one_row_only(tmp_path, does, reason):
+    source = "{% if messages[0].content == 'bad' %}" + does + "{% endif %}" + tiny.CHAT_TEMPLATE
+    template = make_template("model", make_chat_tokenizer(tmp_path, source))
+    found = faults(template, chat("q", "a"), chat("bad", "a"), chat("q", "b"))
+    assert list(found) == [1]
+    assert reason in found[1]
+
+
+def test_an_answer_whose_end_the_tokenizer_swallows_is_refused(tmp_path):
+    # A tokenizer that makes a control token out of plain text, so that nothing can be promised about its masks.
+    from tokenizers import Regex, normalizers
+
+    fast = tiny.make_tokenizer()
+    fast.backend_tokenizer.normalizer = normalizers.Replace(Regex("WIPE"), "")
+    fast.backend_tokenizer.add_tokens([AddedToken("stop", special=True, normalized=True)])
+    fast.save_pretrained(tmp_path)
+    template = make_template("model", load_tokenizer(tmp_path))
+    assert list(faults(template, chat("q", "a"), chat("q", "stWIPEop"))) == [1]
+
+
+def test_train_on(tmp_path):
+    tokenizer = make_chat_tokenizer(tmp_path)
+    conversation = chat("q", "a", "r", "b")
+    trained = {}
+    for train_on in ("completions", "last", "all"):
+        template = make_template("model", tokenizer, train_on)
+        trained[train_on] = parts(template, conversation)[1]
+        text = "tell me <|eot_id|>"
+        assert parts(template, row("text", text=text))[1].endswith(f"{text}{EOT}")
+    assert trained["completions"] == f"a{EOT}b{EOT}"
+    assert trained["last"] == f"b{EOT}"
+    assert trained["all"] == make_template("model", tokenizer).render(conversation.turns)
+
+
+def test_train_on_last_needs_no_honest_mask_for_the_others(tmp_path):
+    tokenizer = make_chat_tokenizer(tmp_path, FORGETFUL)
+    conversation = chat("q", "a", "q2", "a2")
+    assert parts(make_template("model", tokenizer, "last"), conversation)[1] == f"<think>\n\n</think>\n\na2{EOT}"
+    whole = make_template("model", tokenizer, "all")
+    assert parts(whole, conversation)[0] == ""
+
+
+def test_the_end_of_turn_is_trained_also_where_it_pads(tmp_path):
+    fast = tiny.make_tokenizer()
+    fast.pad_token = fast.eos_token
+    fast.save_pretrained(tmp_path)
+    template = make_template("model", load_tokenizer(tmp_path))
+    found = template.encode(chat("q", "a", "r", "b"))
+    assert found.labels.tolist().count(template.end_of_turn) == 2
+
+
+def test_fingerprints_tell_what_decides_the_labels(tmp_path):
+    tokenizer = make_chat_tokenizer(tmp_path / "one")
+    first = make_template("model", tokenizer)
+    assert first.fingerprint == make_template("model", make_chat_tokenizer(tmp_path / "two")).fingerprint
+    others = [
+        make_template("alpaca", tokenizer),
+        make_template("model", tokenizer, "last"),
+        make_template("model", tokenizer, "all"),
+        make_template("{a} {b}", tokenizer),
+        make_template("model", make_chat_tokenizer(tmp_path / "three", CHATML)),
+    ]
+    assert len({first.fingerprint, *(template.fingerprint for template in others)}) == 6
 
 
 def test_bos_stands_once(tmp_path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from luthier.data.sources import SHOWN_PROBLEMS, expand_bundled, read_records, read_sources
+from luthier.data.sources import SHOWN_PROBLEMS, expand_bundled, open_sources, read_sources
 from luthier.errors import DataError
 from luthier.recipe.schema import DataSource
 
@@ -38,12 +38,31 @@ def test_bom_crlf_and_blank_lines_are_read(tmp_path):
     assert [turn.content for turn in found.conversations[0].turns] == ["2 + 2?", "4"]
 
 
-def test_records_stream(tmp_path):
-    rows = source(tmp_path / "rows.jsonl", [GOOD] * 3 + ["not an object"])
-    stream = read_records(rows.path)
-    assert next(stream).fields == GOOD  # the first row comes before the bad one is met
-    with pytest.raises(DataError, match=r"rows\.jsonl:4: a row must be a JSON object"):
-        list(stream)
+def test_rows_are_read_again_and_from_any_of_them(tmp_path):
+    rows = source(tmp_path / "rows.jsonl", "".join(json.dumps(GOOD) + "\n\n[]\n" for _ in range(4)))
+    (opened,) = open_sources([rows])
+    whole = list(opened.rows())
+    assert len(whole) == 8
+    for start in range(10):
+        assert list(opened.rows(start)) == whole[start:]
+
+
+def test_rows_are_not_read_before_they_are_asked_for(tmp_path):
+    (opened,) = open_sources([source(tmp_path / "rows.jsonl", [GOOD] * 30 + ["not an object"])])
+    stream = opened.rows()
+    assert next(stream).fields == GOOD
+    with open(opened.path, "ab") as file:
+        file.write(b"\n".join([json.dumps(GOOD).encode()] * 30_000))  # far beyond any buffer
+    assert sum(1 for _ in stream) == 30_030
+
+
+def test_the_digest_is_the_contents(tmp_path):
+    first = source(tmp_path / "a.jsonl", [GOOD])
+    second = source(tmp_path / "b.jsonl", [GOOD], weight=2.0)
+    third = source(tmp_path / "c.jsonl", [GOOD, GOOD])
+    digests = [opened.digest() for opened in open_sources([first, second, third])]
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
 
 
 def test_all_bad_rows_of_all_files_come_at_once(tmp_path):
@@ -58,12 +77,12 @@ def test_all_bad_rows_of_all_files_come_at_once(tmp_path):
     ]  # fmt: skip
     for part in (
         "6 of 8 rows cannot be used",
-        "a.jsonl:2: not JSON",
-        "a.jsonl:3: a row must be a JSON object, not a list",
-        "b.jsonl:2: the key 'answer' is missing",
-        "b.jsonl:3: 'answer' is empty",
-        "b.jsonl:4: 'question' must be text, not a number",
-        "b.jsonl:5: the key 'question' is missing (the row looks like text; this file is read as question-answer)",
+        "a.jsonl:2: column 23: not JSON",
+        "a.jsonl:3: column 1: a row must be a JSON object, not a list",
+        "b.jsonl:2: column 1: the key 'answer' is missing",
+        "b.jsonl:3: column 19: 'answer' is only spaces",
+        "b.jsonl:4: column 2: 'question' must be text, not a number",
+        "b.jsonl:5: column 1: the key 'question' is missing (the row looks like text, this file is read as",
     ):
         assert part in error.message
 
@@ -72,11 +91,6 @@ def test_many_bad_rows_are_counted_and_the_first_shown(tmp_path):
     error = refused(source(tmp_path / "rows.jsonl", [GOOD] + [{"question": "q", "answer": ""}] * 800))
     assert len(error.problems) == SHOWN_PROBLEMS
     assert f"800 of 801 rows cannot be used; the first {SHOWN_PROBLEMS} are" in error.message
-
-
-@pytest.mark.parametrize("content", ["", "\n\r\n  \n", b"\xef\xbb\xbf"])
-def test_an_empty_file(tmp_path, content):
-    assert "rows.jsonl is empty" in refused(source(tmp_path / "rows.jsonl", content)).message
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):
@@ -89,49 +103,27 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     assert "pirate" in str(error.remedy)
 
 
-def test_a_folder_and_an_unreadable_file(tmp_path):
-    assert "is a folder, not a file" in refused(DataSource(path=str(tmp_path))).message
-    locked = source(tmp_path / "locked.jsonl", [GOOD])
-    Path(locked.path).chmod(0)
-    if os.access(locked.path, os.R_OK):
-        pytest.skip("this user may read every file")
-    assert "cannot be read: Permission denied" in refused(locked).message
-
-
-def test_a_json_array_and_packed_files_are_named(tmp_path):
-    error = refused(source(tmp_path / "rows.json", json.dumps([GOOD, GOOD], indent=1)))
-    assert "one JSON array" in error.message
-    assert "jq -c '.[]' rows.json > rows.jsonl" in str(error.remedy)
-    assert "is gzip" in refused(source(tmp_path / "rows.jsonl.gz", b"\x1f\x8b\x08\x00rest")).message
-    assert "is Parquet" in refused(source(tmp_path / "rows.parquet", b"PAR1rest")).message
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"question": "q", "answer": "\xff"}', "not JSON"),
-        (b'{"question": "q", "answer": "\\ud800"}', "not JSON"),
-        (b'{"question": "q", "answer": "a"', "not JSON"),
-        (b'{"question": "q", "answer": NaN}', "not JSON"),
-        (b"3", "must be a JSON object, not the value 3"),
-        (b"null", "must be a JSON object, not the value null"),
-        (b'{"question": "q", "answer": null}', "'answer' must be text, not null"),
-        (b'{"question": "q", "answer": ["a"]}', "'answer' must be text, not a list"),
-    ],
-)
-def test_a_bad_line_gets_its_reason(tmp_path, line, reason):
-    error = refused(source(tmp_path / "rows.jsonl", json.dumps(GOOD).encode() + b"\n" + line + b"\n"))
-    assert error.problems[0].line == 2
-    assert reason in error.problems[0].reason
-
-
-def test_unknown_keys_list_the_formats_and_the_nearest(tmp_path):
+def test_unknown_keys_name_the_nearest_and_list_the_formats(tmp_path):
     error = refused(source(tmp_path / "rows.jsonl", [{"Question": "q", "response": "a"}]))
-    assert "no format has these keys: Question, response" in error.message
+    assert "rows.jsonl:1: no format has these keys: Question, response" in error.message
     for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "title-content", "text"):
         assert f"    {name}:" in error.message
     assert "nearest is question-answer" in str(error.remedy)
     assert "{question: Question, answer: your-key}" in str(error.remedy)
+
+
+def test_keys_of_half_a_format_say_what_is_missing_first(tmp_path):
+    error = refused(source(tmp_path / "rows.jsonl", [{"question": "q", "reply": "a"}]))
+    fact = "rows.jsonl:1: the rows have `question` but no `answer` (format question-answer)\n  the formats are"
+    assert fact in error.message
+    assert "{answer: your-key}" in str(error.remedy)
+    error = refused(source(tmp_path / "rows.jsonl", [{"data": [{"question": "q", "answer": "a"}]}]))
+    assert "jq -c '.data[]'" in str(error.remedy)
+
+
+def test_the_format_is_that_of_most_of_the_first_rows(tmp_path):
+    (opened,) = open_sources([source(tmp_path / "rows.jsonl", [3, {"text": "t"}, GOOD, {"id": 1}, GOOD])])
+    assert opened.format == "question-answer"
 
 
 def test_fields_map_the_columns(tmp_path):
@@ -149,10 +141,10 @@ def test_format_is_recognised_and_can_be_overridden(tmp_path):
     (found,) = read_sources([source(tmp_path / "rows.jsonl", rows)])
     assert (found.format, found.recognised) == (
         "question-answer",
-        "recognised by question and answer; text would fit too",
+        "JSONL, recognised by question and answer; text would fit too",
     )
     (found,) = read_sources([source(tmp_path / "rows.jsonl", rows, format="text")])
-    assert (found.format, found.recognised) == ("text", "as the recipe says")
+    assert (found.format, found.recognised) == ("text", "JSONL, as the recipe says")
     assert found.conversations[0].plain
 
 

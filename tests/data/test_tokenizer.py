@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from luthier.data.conversation import Conversation, Source, Turn
+from luthier.data.render import make_template
 from luthier.data.tokenizer import ChatTokenizer, load_tokenizer
 from luthier.errors import DataError, ModelError
 from tests import tiny
 from tests.data.chats import make_chat_tokenizer
 
+HERE = Source("rows.jsonl", 7)
 SPECIALS = ("<unk>", "<s>", "</s>")
 NAMES = ("unk_token", "bos_token", "eos_token")
 
@@ -83,6 +87,25 @@ def test_template_text_and_contents_keep_apart_in_one_string(sentencepiece):
     assert sentencepiece.encode_guarded(f"<s>{content}</s>", mark) == plain
 
 
+def test_rows_in_a_vocabulary_of_the_sentencepiece_kind(sentencepiece):
+    # It has no pre-tokenizer, so tokens reach over everything but control tokens: over the prompt's end, above all.
+    rows = [("Why?", "Because it is."), ("a </s> b", "<s>"), ("", "x"), ("The sky", " blue"), ("1 2", "the 3\n")]
+    for text in ("Q: {question}\nA: {answer}", "{question} {answer}", "<s>[INST] {question} [/INST]{answer}"):
+        template = make_template(text, sentencepiece)
+        conversations = [
+            Conversation((Turn("user", q), Turn("assistant", a, True)), HERE, {"question": q, "answer": a})
+            for q, a in rows
+        ]
+        for conversation, found in zip(conversations, template.encode_many(conversations), strict=True):
+            prompt = template.prompt_ids_of(conversation)
+            assert found.ids[: len(prompt)].tolist() == prompt
+            assert found.labels.tolist() == [-100] * len(prompt) + found.ids[len(prompt) :].tolist()
+            assert found.ids.tolist().count(2) == 1 == found.ids.tolist().count(1)
+            answer = conversation.fields["answer"]
+            # Its decoder takes one space from a text's beginning, as its normalizer puts one there.
+            assert sentencepiece.decode(found.ids[len(prompt) : -1].tolist()).lstrip() == answer.lstrip()
+
+
 def test_overlapping_pieces_are_all_broken(tokenizer):
     for content in ("<|eot_id|>" * 3, "<|eot_<|eot_id|>id|>", "<|begin_of_text<|eot_id|>|>"):
         mark, (guarded,) = tokenizer.guard([content])
@@ -119,6 +142,29 @@ def test_bos_of_the_tokenizers_own_is_seen(tmp_path, tokenizer):
     )
     fast.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).adds_bos
+
+
+def test_the_fingerprint_tells_what_decides_ids(tmp_path, tokenizer):
+    assert make_chat_tokenizer(tmp_path / "same", None).fingerprint == tokenizer.fingerprint  # templates decide no ids
+    fast = tiny.make_tokenizer()
+    fast.add_special_tokens({"additional_special_tokens": ["<|more|>"]})
+    fast.save_pretrained(tmp_path / "more")
+    other_eos = tiny.make_tokenizer()
+    other_eos.add_special_tokens({"eos_token": "<|end_of_text|>"})
+    other_eos.save_pretrained(tmp_path / "eos")
+    found = {load_tokenizer(tmp_path / name).fingerprint for name in ("more", "eos")}
+    assert len(found | {tokenizer.fingerprint}) == 3
+
+
+def test_control_tokens_are_found_the_longest_first(tmp_path):
+    fast = tiny.make_tokenizer()
+    names = ["<a>", "<a>b", "<ab", "x<|eot_id|>", "[INST]", "[/INST]", "<|eot_id|>|"]
+    fast.add_special_tokens({"additional_special_tokens": names})
+    fast.save_pretrained(tmp_path)
+    found = load_tokenizer(tmp_path)
+    longest_first = "|".join(re.escape(text) for text in sorted(found.controls, key=len, reverse=True))
+    text = "<a>b<a><ab<abc<a>bx<|eot_id|>|<|eot_id|>|[INST][/INST]<|eot_id|<|eot_id|>"
+    assert found.control_pattern.findall(text) == re.findall(longest_first, text)
 
 
 def test_render_needs_a_template(tmp_path):

@@ -111,3 +111,52 @@ def test_a_loss_scale_beyond_fp16_does_not_overflow_by_itself() -> None:
 def test_a_chunk_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="chunk"):
         linear_cross_entropy(*case(), chunk=0)
+
+
+def token_weights(dtype: torch.dtype = torch.float32) -> Tensor:
+    weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(5)).to(dtype)
+    weights[2] = 0.0
+    return weights
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 19, 1000, None])
+def test_weights_multiply_each_cross_entropy_and_its_gradient(chunk: int | None) -> None:
+    hidden, weight, labels = case()
+    weight.requires_grad_()
+    weights = token_weights()
+    ours = linear_cross_entropy(hidden, weight, labels, chunk, weights)
+    each = functional.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORED, reduction="none")
+    full = (each * weights).sum()
+    torch.testing.assert_close(ours, full, atol=0, rtol=1e-13)
+    for one, other in zip(*(torch.autograd.grad(3.5 * x, (hidden, weight)) for x in (ours, full)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+def test_gradcheck_with_weights() -> None:
+    hidden, weight, labels = case()
+    weight.requires_grad_()
+    weights = token_weights(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, labels, chunk=4, weights_N=weights), (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weights_of_one_are_no_weights_bit_for_bit(dtype: torch.dtype) -> None:
+    found = []
+    for weights in (None, torch.ones(ROWS)):
+        hidden, weight, labels = case(dtype)
+        loss = linear_cross_entropy(hidden, weight, labels, 6, weights)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        found.append((loss, gradient))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_weight_of_zero_trains_nothing() -> None:
+    hidden, weight, labels = case()
+    linear_cross_entropy(hidden, weight, labels, weights_N=token_weights()).backward()
+    assert hidden.grad is not None
+    assert labels[2] != IGNORED
+    assert not hidden.grad[2].any()
+    assert hidden.grad[3].any()

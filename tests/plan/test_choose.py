@@ -19,7 +19,7 @@ from luthier.errors import DataError, FitError, UsageError
 from luthier.hardware.device import Device
 from luthier.hardware.probe import this_device
 from luthier.model.config import PROJECTIONS, ModelConfig, parameters, projection_shapes, read_config
-from luthier.plan.choose import DataFacts, choose
+from luthier.plan.choose import DataFacts, Epoch, Lengths, choose
 from luthier.plan.decision import YOURS
 from luthier.plan.explain import plan_table
 from luthier.plan.plan import Plan, as_document
@@ -38,7 +38,20 @@ A10G = Device("cuda", "A10G", 22.5, 8, (8, 6), ("bf16", "fp16", "fp32"))
 H100 = Device("cuda", "H100", 79.6, 26, (9, 0), ("bf16", "fp16", "fp32"))
 MPS = Device("mps", "Apple GPU", 48.0, 12, None, ("bf16", "fp16", "fp32"))
 DEVICES = (CPU, CPU_BF16, T4, A10G, H100, MPS)
-FACTS = DataFacts(train_rows=803, eval_rows=101, longest=71, labelled_tokens=16_001)
+
+
+def facts_of(train_rows: int, eval_rows: int, longest: int, labelled_tokens: int) -> DataFacts:
+    """Rows that are all equally long."""
+
+    def epoch(_: int, packing: bool) -> Epoch:
+        assert not packing
+        return Epoch(train_rows, train_rows * longest)
+
+    lengths = Lengths(((longest, train_rows + eval_rows),))
+    return DataFacts(train_rows, eval_rows, lengths, labelled_tokens, epoch)
+
+
+FACTS = facts_of(train_rows=803, eval_rows=101, longest=71, labelled_tokens=16_001)
 
 
 def recipe(**values: object) -> Recipe:
@@ -99,7 +112,7 @@ def test_rank_by_capacity(tokens: int, rank: int) -> None:
     """960 parameters a rank (four squares of 100 + 100, and 60 + 100 of down_proj); 64 is beyond its 60."""
     config = ModelConfig("llama", 50, 100, 60, 1, 10, 10, 10)
     asked = recipe(adapter={"targets": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]})
-    assert choose(asked, CPU, config, DataFacts(10, 1, 9, tokens)).settings.rank == rank
+    assert choose(asked, CPU, config, facts_of(10, 1, 9, tokens)).settings.rank == rank
 
 
 def test_alpha_and_its_scale() -> None:
@@ -109,25 +122,25 @@ def test_alpha_and_its_scale() -> None:
 
 
 def test_micro_batch_by_tokens_divides_the_batch() -> None:
-    long = DataFacts(803, 101, 1500, 16_001)
+    long = facts_of(803, 101, 1500, 16_001)
     assert choose(recipe(train={"batch_size": 12}), CPU, SPRIG, long).settings.micro_batch == 2  # 3,000 of 4,096
     assert choose(recipe(train={"batch_size": 12}), H100, SPRIG, long).settings.micro_batch == 4  # 6,000 of 8,192
     assert choose(recipe(train={"batch_size": 7}), CPU, SPRIG, long).settings.micro_batch == 1  # 2 does not divide 7
-    huge = DataFacts(8, 1, 9000, 10)
+    huge = facts_of(8, 1, 9000, 10)
     assert choose(recipe(), CPU, FAR, huge).settings.micro_batch == 1
 
 
 def test_steps_of_epochs() -> None:
-    facts = DataFacts(100, 10, 50, 1000)
+    facts = facts_of(100, 10, 50, 1000)
     assert choose(recipe(train={"epochs": 2, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 29  # 200 / 7
     assert choose(recipe(train={"epochs": 1.5, "batch_size": 7}), CPU, SPRIG, facts).settings.steps == 22  # 150 / 7
     assert (
-        choose(recipe(train={"epochs": 0.1, "batch_size": 3}), CPU, SPRIG, DataFacts(30, 3, 50, 9)).settings.steps == 1
+        choose(recipe(train={"epochs": 0.1, "batch_size": 3}), CPU, SPRIG, facts_of(30, 3, 50, 9)).settings.steps == 1
     )
     assert choose(recipe(train={"epochs": 0.001}), CPU, SPRIG, facts).settings.steps == 1
-    few = choose(recipe(), CPU, SPRIG, DataFacts(56, 6, 50, 1000))  # 7 steps an epoch: as many epochs as are sensible
+    few = choose(recipe(), CPU, SPRIG, facts_of(56, 6, 50, 1000))  # 7 steps an epoch: as many epochs as are sensible
     assert few.settings.steps == 70
-    assert choose(recipe(), CPU, SPRIG, DataFacts(60_000, 6, 50, 1000)).settings.steps == 1875  # one epoch of 32 rows
+    assert choose(recipe(), CPU, SPRIG, facts_of(60_000, 6, 50, 1000)).settings.steps == 1875  # one epoch of 32 rows
 
 
 def examples(rows: int) -> list[Example]:
@@ -140,7 +153,7 @@ def examples(rows: int) -> list[Example]:
 @example(9, 8, 3)
 def test_the_run_ends_within_a_batch_of_the_epochs_asked_for(rows: int, batch_size: int, epochs: float) -> None:
     """By the stream of rows itself: at least the epochs asked for, and not a whole batch more."""
-    plan = choose(recipe(train={"epochs": epochs, "batch_size": batch_size}), CPU, SPRIG, DataFacts(rows, 1, 9, 99))
+    plan = choose(recipe(train={"epochs": epochs, "batch_size": batch_size}), CPU, SPRIG, facts_of(rows, 1, 9, 99))
     stream = Batches(examples(rows), batch_size, plan.settings.micro_batch, seed=0)
     seen = [row for step in range(plan.settings.steps) for row in stream.indices(step)]
     assert stream.epoch(plan.settings.steps) == len(seen) / rows
@@ -150,29 +163,29 @@ def test_the_run_ends_within_a_batch_of_the_epochs_asked_for(rows: int, batch_si
 
 
 def test_few_rows_are_planned_as_they_are_batched() -> None:
-    facts = DataFacts(5, 1, 50, 100)
+    facts = facts_of(5, 1, 50, 100)
     auto = choose(recipe(), CPU, SPRIG, facts)
     assert (auto.settings.batch_size, auto.settings.steps) == (5, 10)  # ten epochs, of one step each
     assert "1 step an epoch" in auto.decision("train.epochs").reason
     yours = choose(recipe(train={"batch_size": 32, "epochs": 3}), CPU, SPRIG, facts)
     assert yours.settings.steps == 1  # 15 rows
     assert "about 0.16 steps per epoch. There are only 5 rows" in yours.decision("train.batch_size").reason
-    uneven = choose(recipe(train={"batch_size": 8}), CPU, SPRIG, DataFacts(57, 1, 50, 100))  # a hundred steps are 14
+    uneven = choose(recipe(train={"batch_size": 8}), CPU, SPRIG, facts_of(57, 1, 50, 100))  # a hundred steps are 14
     assert (uneven.decision("train.epochs").value, uneven.settings.steps) == (10.0, 72)
     assert "only about 7.1 steps an epoch" in uneven.decision("train.epochs").reason
-    many = choose(recipe(train={"batch_size": 8}), CPU, SPRIG, DataFacts(201, 1, 50, 100))
+    many = choose(recipe(train={"batch_size": 8}), CPU, SPRIG, facts_of(201, 1, 50, 100))
     assert (many.decision("train.epochs").value, many.settings.steps) == (4.0, 101)  # 3 epochs would be 76
 
 
 def test_evaluations() -> None:
-    assert choose(recipe(), CPU, SPRIG, DataFacts(800, 0, 50, 9)).settings.eval_every == 0
-    cheap = choose(recipe(train={"steps": 200}), CPU, SPRIG, DataFacts(800, 4, 50, 9)).settings
-    dear = choose(recipe(train={"steps": 200}), CPU, SPRIG, DataFacts(800, 800, 50, 9)).settings
+    assert choose(recipe(), CPU, SPRIG, facts_of(800, 0, 50, 9)).settings.eval_every == 0
+    cheap = choose(recipe(train={"steps": 200}), CPU, SPRIG, facts_of(800, 4, 50, 9)).settings
+    dear = choose(recipe(train={"steps": 200}), CPU, SPRIG, facts_of(800, 800, 50, 9)).settings
     assert (cheap.eval_every, dear.eval_every) == (20, 100)
     assert cheap.save_every == cheap.eval_every
     assert choose(recipe(train={"eval_every": 0, "steps": 200}), CPU, SPRIG, FACTS).settings.save_every == 20
     with pytest.raises(UsageError, match=r"train\.eval_every is 5, but no row is held out"):
-        choose(recipe(train={"eval_every": 5}), CPU, SPRIG, DataFacts(800, 0, 50, 9))
+        choose(recipe(train={"eval_every": 5}), CPU, SPRIG, facts_of(800, 0, 50, 9))
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -180,10 +193,10 @@ def test_what_cannot_be_is_refused() -> None:
         choose(recipe(train={"max_length": 4096}), CPU, SPRIG, FACTS)
     assert caught.value.exit_code == 2
     with pytest.raises(UsageError, match="warmup_steps is 50, but the run has only 13 steps"):
-        choose(recipe(train={"warmup_steps": 50, "epochs": 1}), CPU, SPRIG, DataFacts(100, 10, 50, 1000))
+        choose(recipe(train={"warmup_steps": 50, "epochs": 1}), CPU, SPRIG, facts_of(100, 10, 50, 1000))
     with pytest.raises(DataError, match="no row is left"):
-        choose(recipe(), CPU, SPRIG, DataFacts(0, 10, 50, 1000))
-    assert choose(recipe(), CPU, SPRIG, DataFacts(9, 1, 5000, 100)).settings.max_length == 2048
+        choose(recipe(), CPU, SPRIG, facts_of(0, 10, 50, 1000))
+    assert choose(recipe(), CPU, SPRIG, facts_of(9, 1, 5000, 100)).settings.max_length == 2048
 
 
 def test_what_cannot_fit_is_refused_with_numbers() -> None:
@@ -273,7 +286,7 @@ def test_your_values_are_never_changed(names: set[str], device: Device, rows: in
     chosen = {name: YOUR_VALUES[name] for name in names}
     adapter = {name: value for name, value in chosen.items() if name in ("rank", "alpha")}
     train = {name: value for name, value in chosen.items() if name not in adapter}
-    facts = DataFacts(rows, held_out or 1, 71, rows * 20)
+    facts = facts_of(rows, held_out or 1, 71, rows * 20)
     plan = choose(recipe(adapter=adapter, train={**train, "steps": 60}), device, SPRIG, facts)
     for name, value in chosen.items():
         assert getattr(plan.settings, name) == value
@@ -307,7 +320,7 @@ def check_sound(plan: Plan) -> None:
     st.sampled_from(DEVICES), st.integers(1, 10**6), st.integers(0, 10**5), st.integers(1, 10**5), st.integers(1, 10**9)
 )
 def test_every_auto_is_resolved(device: Device, rows: int, held_out: int, longest: int, tokens: int) -> None:
-    check_sound(choose(recipe(), device, SPRIG, DataFacts(rows, held_out, longest, tokens)))
+    check_sound(choose(recipe(), device, SPRIG, facts_of(rows, held_out, longest, tokens)))
 
 
 def test_every_setting_has_a_decision() -> None:
@@ -355,7 +368,7 @@ def test_table_shows_all_within_100_columns() -> None:
 def test_from_files_on_this_machine(tiny_llama: Path) -> None:
     """A model that transformers wrote, on the machine at hand."""
     config = read_config(tiny_llama)
-    plan = choose(recipe(), this_device(), config, DataFacts(31, 4, 60, 900))
+    plan = choose(recipe(), this_device(), config, facts_of(31, 4, 60, 900))
     assert plan.total_parameters - plan.trainable_parameters == parameters(config)
     assert plan.settings.targets == PROJECTIONS
     assert plan.settings.rank <= 32  # k and v have 32 rows

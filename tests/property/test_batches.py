@@ -104,3 +104,30 @@ def test_order_is_the_same_on_every_machine():
 def test_epoch_counts_rows_seen():
     batches = Batches([example(2, row) for row in range(10)], 4, 2, 0)
     assert [batches.epoch(step) for step in (0, 5, 10)] == [0.0, 2.0, 4.0]
+
+
+@given(examples_strategy, st.sets(st.integers(0, 22)))
+def test_weights_move_with_their_labels(examples, weighted):
+    """The weight of the token that a position predicts; 1 for rows that have none, nothing at all where no row has."""
+    rows = [
+        Example(one.ids, one.labels, one.row, weights=np.arange(len(one), dtype=np.float32) / 8 + one.row)
+        if one.row in weighted
+        else one
+        for one in examples
+    ]
+    batch = pack(rows)
+    if not any(row.weights is not None for row in rows):
+        assert batch.weights_T is None
+        assert batch.weight == batch.labelled
+        return
+    assert batch.weights_T.dtype == torch.float32
+    start, total = 0, 0.0
+    for row, length in zip(rows, batch.lengths, strict=True):
+        found = batch.weights_T[start : start + length - 1].tolist()
+        expected = [1.0] * (length - 1) if row.weights is None else row.weights[1:].tolist()
+        assert found == expected
+        total += sum(w for w, label in zip(expected, row.labels[1:].tolist(), strict=True) if label != IGNORED)
+        start += length
+    assert batch.weight == total  # eighths: exact
+    moved = batch.to("meta")
+    assert moved.weights_T.device.type == "meta"

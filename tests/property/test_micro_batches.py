@@ -1,4 +1,4 @@
-"""Loss and gradient do not change when an optimizer step is cut into micro-batches, however unequal they are."""
+"""What must not change loss and gradient: how a step is cut into micro-batches, and what else is in a pack."""
 
 from __future__ import annotations
 
@@ -41,19 +41,21 @@ def loss_and_gradient(trainee: Trainee, micro_batches: list[Batch]) -> tuple[flo
     return loss, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
-def labelled_row(row: int, length: int, labelled: int) -> Example:
-    ids = np.random.default_rng((row, length)).integers(20, 399, size=length).astype(np.int32)
+def labelled_row(row: int, length: int, labelled: int, weighted: bool = False) -> Example:
+    random = np.random.default_rng((row, length))
+    ids = random.integers(20, 399, size=length).astype(np.int32)
     labels = np.concatenate([np.full(length - labelled, -100), ids[length - labelled :]]).astype(np.int32)
-    return Example(ids, labels, row)
+    return Example(ids, labels, row, weights=random.random(length).astype(np.float32) if weighted else None)
 
 
 @st.composite
 def cut_steps(draw: st.DrawFn) -> tuple[list[Example], list[list[Example]]]:
-    """Eight rows, and a cut of them into 1, 2, 4 or 8 parts of any sizes, in any order."""
+    """Eight rows, and a cut of them into 1, 2, 4 or 8 parts of any sizes, in any order. Some labels have weights."""
     rows = []
+    some = draw(st.booleans())
     for row in range(8):
         length = draw(st.integers(2, 40))
-        rows.append(labelled_row(row, length, draw(st.integers(1, length - 1))))
+        rows.append(labelled_row(row, length, draw(st.integers(1, length - 1)), some and draw(st.booleans())))
     parts = draw(st.sampled_from([1, 2, 4, 8]))
     ends = sorted(draw(st.lists(st.integers(1, 7), min_size=parts - 1, max_size=parts - 1, unique=True)))
     shuffled = draw(st.permutations(rows))
@@ -97,3 +99,54 @@ def test_the_loss_is_the_mean_over_tokens_not_over_micro_batches(trainee: Traine
     assert loss == pytest.approx(sum(sums) / 43, rel=TOLERANCE)
     mean_of_means = (sums[0] / 39 + sums[1] / 1 + sums[2] / 3) / 3
     assert abs(mean_of_means / loss - 1) > 0.01, "rows on which the wrong rule would be seen"
+
+
+@st.composite
+def packs_of_two_worlds(draw: st.DrawFn) -> tuple[Example, list[Example], list[Example]]:
+    """A document, and two packs that it is in: beside it they have other documents, of other lengths, or none."""
+    length = draw(st.integers(2, 40))
+    document = labelled_row(0, length, draw(st.integers(1, length - 1)), draw(st.booleans()))
+    packs = []
+    for first in (1, 100):
+        beside = [unlabelled_row(first + i, draw(st.integers(1, 40))) for i in range(draw(st.integers(0, 3)))]
+        beside.insert(draw(st.integers(0, len(beside))), document)
+        packs.append(beside)
+    return document, packs[0], packs[1]
+
+
+def unlabelled_row(row: int, length: int) -> Example:
+    """A document that is seen and not trained: whatever of it reaches the gradient came by way of another."""
+    ids = np.random.default_rng((row, length)).integers(20, 399, size=length).astype(np.int32)
+    return Example(ids, np.full(length, -100, dtype=np.int32), row)
+
+
+@pytest.mark.parametrize("cases", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_document_does_not_see_what_is_beside_it_in_the_pack(trainee: Trainee, cases: int) -> None:
+    @settings(max_examples=cases, deadline=None)
+    @given(packs_of_two_worlds())
+    def check(case: tuple[Example, list[Example], list[Example]]) -> None:
+        document, one, other = case
+        loss, gradient = loss_and_gradient(trainee, [pack([document])])
+        for packed in (one, other):
+            found_loss, found_gradient = loss_and_gradient(trainee, [pack(packed)])
+            assert found_loss == pytest.approx(loss, rel=TOLERANCE)
+            assert float((found_gradient - gradient).norm()) <= TOLERANCE * float(gradient.norm())
+
+    check()
+
+
+@pytest.mark.parametrize("capacity", [60, 200])
+def test_packs_train_what_their_rows_train(trainee: Trainee, capacity: int) -> None:
+    """A step of packs, as the loop takes it, against its rows each in a micro-batch of its own."""
+    examples = make_examples(30, seed=4)
+    batches = Batches(examples, 3, 2, seed=1, capacity=capacity)
+    assert batches.units_per_epoch < len(examples)
+    for step in range(4):
+        micro = batches.step(step)
+        assert all(batch.tokens <= 2 * capacity for batch in micro)
+        assert sum(len(batch.lengths) for batch in micro) == len(batches.indices(step)) > 3
+        loss, gradient = loss_and_gradient(trainee, list(micro))
+        alone = [pack([examples[i]]) for i in batches.indices(step)]
+        alone_loss, alone_gradient = loss_and_gradient(trainee, alone)
+        assert loss == pytest.approx(alone_loss, rel=TOLERANCE)
+        assert float((gradient - alone_gradient).norm()) <= TOLERANCE * float(alone_gradient.norm())

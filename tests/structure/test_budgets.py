@@ -19,6 +19,7 @@ _COMMAND = "a command's arguments are its command line, each documented where it
 EXEMPT: dict[str, str] = {
     "src/luthier/cli/commands.py:generate": _COMMAND,
     "src/luthier/cli/commands.py:chat": _COMMAND,
+    "src/luthier/cli/data_commands.py:show": _COMMAND,
     "src/luthier/train/loop.py:train": "the stage's one door: what to train, where to, who is told, what lies beside",
 }
 

@@ -75,7 +75,7 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-def sum_of_logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *_: object) -> torch.Tensor:
+def sum_of_logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     """In place of the cross-entropy, which picks rows by their values, and meta tensors have none."""
     return (hidden_ND @ weight_VD.T).sum()
 
@@ -142,6 +142,61 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_llama: Path)
     error = refused_step(trainee, micro_batches())
     assert "the gradient is not finite" in error.message
     assert sorted(error.rows) == sorted(row for batch in micro_batches() for row in batch.rows)
+
+
+def with_weights(batches: tuple[Batch, ...], factor: float = 1.0) -> tuple[Batch, ...]:
+    """Every second micro-batch with weights; all of them where `factor` is not 1."""
+    generator = torch.Generator().manual_seed(9)
+    return tuple(
+        replace(batch, weights_T=factor * torch.rand(batch.tokens, generator=generator))
+        if i % 2 == 0 or factor != 1.0
+        else batch
+        for i, batch in enumerate(batches)
+    )
+
+
+def test_a_weighted_loss_is_divided_once_by_the_weights_of_the_step(tiny_llama: Path) -> None:
+    """Against torch's cross-entropy on full logits; micro-batches with weights and without in one step."""
+    trainee = moved(make_trainee(tiny_decoder(tiny_llama), make_settings()))
+    batches = with_weights(micro_batches())
+    loss, ours = forward_backward(trainee.decoder, batches), gradients(trainee).clone()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    summed, weight = torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        logits = trainee.decoder.hidden(batch.ids_T, batch.lengths) @ trainee.decoder.head_weight.T
+        each = torch.nn.functional.cross_entropy(logits, batch.labels_T, ignore_index=-100, reduction="none")
+        counts = torch.ones(batch.tokens) if batch.weights_T is None else batch.weights_T
+        summed = summed + (each * counts).sum()
+        weight = weight + counts[batch.labels_T != -100].sum()
+    (summed / weight).backward()
+    # fp32 sums of at most 100 terms in another order: 1e-6 relative
+    assert loss == pytest.approx(float((summed / weight).detach()), rel=1e-6)
+    assert float((ours - gradients(trainee)).norm()) <= 2e-6 * float(ours.norm())
+
+
+def test_only_the_ratios_of_the_weights_count(tiny_llama: Path) -> None:
+    trainee = moved(make_trainee(tiny_decoder(tiny_llama), make_settings()))
+    found = []
+    for factor in (0.5, 0.125):  # powers of two: exact but for what is summed in another magnitude
+        trainee.optimizer.zero_grad(set_to_none=True)
+        found.append((forward_backward(trainee.decoder, with_weights(micro_batches(), factor)), gradients(trainee)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_fp16_scales_a_weighted_loss_as_any(tiny_llama: Path) -> None:
+    exact = moved(make_trainee(tiny_decoder(tiny_llama), make_settings()))
+    loss = forward_backward(exact.decoder, with_weights(micro_batches()))
+    trainee = fp16_trainee(tiny_llama, GradScaler("cpu", init_scale=2.0**10))
+    result = take_step(trainee, with_weights(micro_batches()), clip=0.0)
+    assert result.loss == pytest.approx(loss, rel=1e-2)  # as below
+    assert float((gradients(trainee) - gradients(exact)).norm() / gradients(exact).norm()) < 0.01
+
+
+def test_a_batch_whose_labels_all_weigh_nothing_is_named(tiny_llama: Path) -> None:
+    trainee = make_trainee(tiny_decoder(tiny_llama), make_settings())
+    error = refused_step(trainee, with_weights(micro_batches(), 0.0))
+    assert "no token of the batch has a label" in error.message
 
 
 def test_a_batch_without_labels_is_named(tiny_llama: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +44,11 @@ DEFAULTS = Settings(
     clip=1.0,
     checkpointing=False,
     max_length=128,
+    packing=False,
+    longest_first=False,
+    train_on="completions",
+    prompt_loss_weight=0.0,
+    long_rows="truncate",
     eval_every=3,
     save_every=2,
     seed=5,
@@ -79,6 +85,14 @@ class Rows:
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
     places: tuple[Source, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of the ids and labels of all rows, in order."""
+        found = hashlib.sha256()
+        for example in (*self.train, *self.eval):
+            found.update(example.ids.tobytes() + example.labels.tobytes())
+        return found.hexdigest()
 
 
 def make_rows(train: int = 11, held_out: int = 5) -> Rows:

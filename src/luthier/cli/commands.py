@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from luthier.cli import console
+from luthier.cli import console, data_commands
 from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ BaseOnly = Annotated[bool, typer.Option("--base", help="Ask the base model inste
 
 def register(app: typer.Typer) -> None:
     """Add every command to `app`, in the order in which people meet them."""
-    for function in (demo, init, presets, plan, train, run, evaluate, merge, export, generate, chat):
+    for before in (demo, init, presets, plan):
+        app.command()(before)
+    app.add_typer(data_commands.app, name="data")
+    for function in (train, run, evaluate, merge, export, generate, chat):
         app.command(name="eval" if function is evaluate else function.__name__)(function)
 
 

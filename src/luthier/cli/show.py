@@ -27,17 +27,29 @@ def data(prepared: Prepared) -> None:
             shown.add_row(name, *(f"{cell:,}" for cell in cells))
     console.messages.print(shown)
     for source in report.sources:
-        how = f"{source.rows:,} rows read as {source.format} ({source.recognised})"
-        console.say(f"[dim]{escape(Path(source.path).name)}: {escape(how)}[/]")
+        how = f"{_rows(source.rows)} read as {source.format} ({source.recognised})"
+        weight = f", each seen {source.weight:g} times an epoch" if source.weight != 1 else ""
+        console.say(f"[dim]{escape(Path(source.path).name)}: {escape(how)}{weight}[/]")
     if report.truncated:
         cut = f"{report.truncated:,} rows are longer than {report.max_length:,} tokens and are cut at their end"
         console.say(f"[yellow]{cut}[/]: they do not teach the model to stop")
+    if report.pieces:
+        console.say(f"[dim]rows longer than {report.max_length:,} tokens are cut into {report.pieces:,} parts[/]")
     if report.excluded:
         first = report.excluded[0]
         place = escape(f"{first.file}:{first.line}")
-        console.say(f"[yellow]{len(report.excluded)} rows are left out[/], the first at {place}: {first.reason}")
+        words = f"{_rows(report.excluded_rows)} {'is' if report.excluded_rows == 1 else 'are'} left out"
+        console.say(f"[yellow]{words}[/], the first at {place}: {first.reason}")
+    if report.duplicates.exact or report.duplicates.near:
+        same = f"{_rows(report.duplicates.exact)} say word for word what an earlier one says"
+        nearly = f"{report.duplicates.near:,} more say it nearly"
+        console.say(f"[dim]{same}, {nearly} (luthier data check shows which)[/]")
     for note in report.notes:
         console.say(f"[dim]{escape(note)}[/]")
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + ("" if count == 1 else "s")
 
 
 def plan(prepared: Prepared) -> None:

@@ -8,13 +8,15 @@ stderr what it does. The commands call these, `run` calls all of them in order.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import orjson
+
 from luthier.cli import console
 from luthier.cli.loading import unfinished
-from luthier.data.conversation import digest
+from luthier.cli.targets import UNTRAINED_REMEDY, untrained_names
 from luthier.errors import DataError, UsageError
 from luthier.recipe.load import dump_recipe
 from luthier.runs import SCHEMA_VERSION, RunDirectory, read_json, write_json, write_text
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from luthier.data.prepare import Dataset
     from luthier.model.config import ModelConfig
     from luthier.model.decoder import Decoder
+    from luthier.plan.choose import DataFacts
     from luthier.plan.plan import Plan
     from luthier.recipe.schema import Recipe
     from luthier.train.loop import TrainResult
@@ -53,7 +56,7 @@ class Prepared:
     @property
     def digest(self) -> str:
         """What the rows are, on all sides: the same rows, split and template give the same one."""
-        return digest(self.dataset.train, self.dataset.eval, self.dataset.test)
+        return self.dataset.digest
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -65,21 +68,50 @@ def prepare(recipe: Recipe) -> Prepared:
     from luthier.hardware.probe import this_device
     from luthier.model.config import read_config
     from luthier.model.locate import locate_model
-    from luthier.plan.choose import DataFacts, choose
+    from luthier.plan.choose import choose
 
     base = locate_model(recipe.model)
     config = read_config(base)
     with console.counting("reading the data") as advance:
-        dataset = prepare_data(recipe, load_tokenizer(base), progress=advance)
-    facts = DataFacts(
-        train_rows=len(dataset.train),
-        eval_rows=len(dataset.eval),
-        longest=dataset.report.longest,
-        labelled_tokens=dataset.report.splits["train"].labelled,
-    )
+        dataset = prepare_data(recipe, load_tokenizer(base), progress=advance, waiting=_say_waiting)
+    if names := untrained_names(base, dataset.template):
+        note = f"the model was never trained on {', '.join(names)}, which the template writes: {UNTRAINED_REMEDY}"
+        report = dataset.report
+        dataset = replace(dataset, report=replace(report, notes=(*report.notes, note)))
+    facts = _facts(dataset)
     plan = choose(recipe, this_device(), config, facts)
     check_tasks(dataset, recipe.evaluate)
     return Prepared(recipe, base, config, limit_length(dataset, plan.settings.max_length), plan)
+
+
+def _facts(dataset: Dataset) -> DataFacts:
+    """What the plan needs to know of the rows."""
+    import numpy as np
+
+    from luthier.data.epochs import Epochs
+    from luthier.data.prepare import limit_length
+    from luthier.data.split import SIDES
+    from luthier.plan.choose import DataFacts, Epoch, Lengths
+
+    def epoch(max_length: int, packing: bool) -> Epoch:
+        train = limit_length(dataset, max_length).train
+        capacity = max_length if packing else None
+        seed = dataset.recipe.seed
+        epochs = Epochs(len(train), seed, weights=train.weights, lengths=train.lengths, capacity=capacity)
+        return Epoch(epochs.rows, epochs.tokens, epochs.units if packing else None)
+
+    lengths = np.concatenate([dataset.split(side).lengths for side in SIDES])
+    return DataFacts(
+        train_rows=len(dataset.train),
+        eval_rows=len(dataset.eval),
+        lengths=Lengths.of(lengths.tolist()),
+        labelled_tokens=round(float((dataset.train.labelled * dataset.train.weights).sum())),
+        epoch=epoch,
+    )
+
+
+def _say_waiting() -> None:
+    console.say("another luthier is preparing the same data; waiting for it …")
 
 
 def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
@@ -110,7 +142,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
     decoder = _load(prepared, "")
     write_text(run.recipe, dump_recipe(prepared.recipe))
     write_json(run.plan, as_document(prepared.plan))
-    write_json(run.data, {**prepared.dataset.report.as_document(), "digest": prepared.digest})
+    _write_data(prepared, run)
     result = train_loop(
         decoder,
         prepared.dataset,
@@ -123,6 +155,19 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
         companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
     )
     return result, decoder
+
+
+def _write_data(prepared: Prepared, run: RunDirectory) -> None:
+    """data/data.json, and the rejected rows where there are any."""
+    from luthier.data.prepare import rejected_rows
+
+    dataset = prepared.dataset
+    write_json(run.data, {**dataset.report.as_document(), "digest": prepared.digest})
+    if dataset.report.rejected:
+        problems = rejected_rows(dataset.sources, dataset.store)
+        rows = zip(problems, dataset.store.rejected(), strict=True)
+        lines = [orjson.dumps({**problem._asdict(), "raw": row.raw}).decode() for problem, row in rows]
+        write_text(run.rejected, "\n".join(lines) + "\n")
 
 
 def check_free(run: RunDirectory, recipe: Recipe, *, resume: bool) -> None:

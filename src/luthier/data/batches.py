@@ -1,13 +1,17 @@
 """Examples to packed micro-batches: no padding, no row lost, any step at once.
 
-The rows of a run are one endless stream: epoch e is a permutation of all rows, drawn by PCG64 from (seed, e), and one
-epoch follows another. Optimizer step k is positions k·B … (k+1)·B - 1 of the stream, so every step has B rows: where an
-epoch does not divide by B, its last rows share a step with the first of the next. Step k depends on (examples, B, seed,
-k) alone; a run that is resumed asks for it and does not walk there.
+The *units* of a run, rows or packs of rows, are one endless stream: one epoch after another, each in an order of its
+own, drawn by PCG64 from (seed, epoch) (epochs.py). Optimizer step k is units k·B … (k+1)·B - 1 of the stream, so every
+step has B units: where an epoch does not divide by B, its last units share a step with the first of the next. Step k
+depends on (examples, B, seed, k) alone; a run that is resumed asks for it and does not walk there.
 
-A step is cut into micro-batches of at most `micro_batch` rows, balanced by tokens (longest row first into the
+A step is cut into micro-batches of at most `micro_batch` units, balanced by tokens (longest unit first into the
 emptiest, Graham 1969), so that the largest, which decides memory, is small. Since the loss is summed over labelled
 tokens and divided once per step, the cut does not change the gradient.
+
+With `longest_first` the whole steps of the first epoch come in descending order of tokens, so that a run that does not
+fit into memory stops at its first step and not after an hour. What is in a step stays as drawn. Later epochs are
+shuffled as usual: an order by length for ever would train on long rows at high learning rates and short ones at low.
 
 Shapes: T tokens of all documents of a micro-batch, one after another.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,8 +28,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.data.conversation import IGNORED, Example
+from luthier.data.epochs import Epochs
 
-__all__ = ["Batch", "Batches", "pack"]
+__all__ = ["Batch", "Batches", "Measured", "pack"]
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """Rows that know their lengths (tokens) and weights (see epochs.py), so that none is read to learn them."""
+
+    @property
+    def lengths(self) -> NDArray[np.int32]: ...
+    @property
+    def weights(self) -> NDArray[np.float64]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,12 +53,14 @@ class Batch:
             the last position of each document.
         lengths: tokens of each document; they sum to T.
         rows: `Example.row` of each document.
+        weights_T: float32; how much the label of each position counts in the loss. None: 1 each.
     """
 
     ids_T: Tensor  # noqa: N815  shape letters
     labels_T: Tensor  # noqa: N815
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
+    weights_T: Tensor | None = None  # noqa: N815
 
     @property
     def tokens(self) -> int:
@@ -54,74 +72,127 @@ class Batch:
         """How many positions have a label."""
         return int((self.labels_T != IGNORED).sum())
 
+    @property
+    def weight(self) -> float:
+        """The sum of the labels' weights, in float64; where they have none, how many there are. Not on MPS."""
+        if self.weights_T is None:
+            return self.labelled
+        return float(self.weights_T[self.labels_T != IGNORED].double().sum())
+
     def to(self, device: str | torch.device) -> Batch:
         """The batch with its tensors on `device`."""
-        return Batch(self.ids_T.to(device), self.labels_T.to(device), self.lengths, self.rows)
+        weights_T = None if self.weights_T is None else self.weights_T.to(device)
+        return Batch(self.ids_T.to(device), self.labels_T.to(device), self.lengths, self.rows, weights_T)
 
 
 def pack(examples: Sequence[Example]) -> Batch:
-    """Pack examples one after another, labels shifted to the position that predicts them. At least one example."""
+    """Pack examples one after another, labels (and weights) shifted to the position that predicts them. At least one.
+
+    There are weights where any example has some; those that have none then weigh 1 at each label.
+    """
     ids_T = np.concatenate([example.ids for example in examples]).astype(np.int64)
     labels_T = np.full(len(ids_T), IGNORED, dtype=np.int64)
+    weighted = any(example.weights is not None for example in examples)
+    weights_T = np.ones(len(ids_T), dtype=np.float32) if weighted else None
     start = 0
     for example in examples:
         labels_T[start : start + len(example) - 1] = example.labels[1:]
+        if weights_T is not None and example.weights is not None:
+            weights_T[start : start + len(example) - 1] = example.weights[1:]
         start += len(example)
     lengths = tuple(len(example) for example in examples)
     rows = tuple(example.row for example in examples)
-    return Batch(torch.from_numpy(ids_T), torch.from_numpy(labels_T), lengths, rows)
+    weights = None if weights_T is None else torch.from_numpy(weights_T)
+    return Batch(torch.from_numpy(ids_T), torch.from_numpy(labels_T), lengths, rows, weights)
 
 
 class Batches:
     """The micro-batches of every optimizer step of a run.
 
     Args:
-        examples: the training rows, at least one.
-        batch_size: rows per optimizer step.
-        micro_batch: rows per micro-batch at most.
+        examples: the training rows, at least one; read as they are asked for. Where they are `Measured` their lengths
+            and weights are used, else the lengths are counted where they are needed and every row weighs 1.
+        batch_size: units per optimizer step.
+        micro_batch: units per micro-batch at most.
         seed: draws the order of every epoch.
+        capacity: a unit is a pack of at most so many tokens; None: a row.
+        longest_first: the first epoch's whole steps in descending order of tokens.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, micro_batch: int, seed: int) -> None:
-        if not examples or batch_size < 1 or micro_batch < 1:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        micro_batch: int,
+        seed: int,
+        *,
+        capacity: int | None = None,
+        longest_first: bool = False,
+    ) -> None:
+        if len(examples) < 1 or batch_size < 1 or micro_batch < 1:
             raise ValueError("at least one example, batch_size and micro_batch of at least 1")
-        self.examples = tuple(examples)
+        self.examples = examples
         self.batch_size = batch_size
         self.micro_batch = min(micro_batch, batch_size)
-        self.seed = seed
-        self._last: tuple[int, NDArray[np.int64]] | None = None
+        lengths: NDArray[np.int32] | None = None
+        if capacity is not None or longest_first:
+            lengths = (
+                examples.lengths
+                if isinstance(examples, Measured)
+                else np.fromiter((len(example) for example in examples), np.int32, len(examples))
+            )
+        self._epochs = Epochs(
+            len(examples),
+            seed,
+            weights=examples.weights if isinstance(examples, Measured) else None,
+            lengths=lengths,
+            capacity=capacity,
+            longest_first=batch_size if longest_first else 0,
+        )
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """The permutation of the examples' indices in an epoch, from (seed, epoch) alone."""
-        if self._last is None or self._last[0] != epoch:  # steps come in order: one epoch's permutation is kept
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch))))
-            self._last = (epoch, generator.permutation(len(self.examples)))
-        return self._last[1]
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch; one of weight 2 counts twice."""
+        return self._epochs.rows
+
+    @property
+    def units_per_epoch(self) -> int:
+        """Packs of an epoch; rows without packing."""
+        return self._epochs.units
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps of an epoch, seldom a whole number."""
+        return self.units_per_epoch / self.batch_size
+
+    def units(self, step: int) -> tuple[NDArray[np.int64], ...]:
+        """The units of a step, in the stream's order: of each, the indices into `examples`. `step` counts from 0."""
+        found: list[NDArray[np.int64]] = []
+        position, end = step * self.batch_size, (step + 1) * self.batch_size
+        while position < end:
+            epoch, offset = divmod(position, self.units_per_epoch)
+            units = self._epochs.units_of(epoch)
+            taken = range(offset, min(offset + end - position, len(units)))
+            found += [units[unit] for unit in taken]
+            position += len(taken)
+        return tuple(found)
 
     def indices(self, step: int) -> tuple[int, ...]:
         """The indices into `examples` of a step's rows, in the stream's order. `step` counts from 0."""
-        count = len(self.examples)
-        found: list[int] = []
-        position, end = step * self.batch_size, (step + 1) * self.batch_size
-        while position < end:
-            epoch, offset = divmod(position, count)
-            taken = self.order(epoch)[offset : offset + end - position]
-            found += taken.tolist()
-            position += len(taken)
-        return tuple(found)
+        return tuple(index for unit in self.units(step) for index in unit.tolist())
 
     def step(self, step: int) -> tuple[Batch, ...]:
         """The micro-batches of optimizer step `step` (from 0), the one with most tokens first.
 
         The largest comes first so that a run that does not fit stops at once.
         """
-        chosen = [self.examples[i] for i in self.indices(step)]
-        bins = _balance([len(example) for example in chosen], self.micro_batch)
-        return tuple(pack([chosen[i] for i in part]) for part in bins)
+        chosen = [[self.examples[index] for index in unit.tolist()] for unit in self.units(step)]
+        parts = _balance([sum(map(len, unit)) for unit in chosen], self.micro_batch)
+        return tuple(pack([example for unit in part for example in chosen[unit]]) for part in parts)
 
     def epoch(self, step: int) -> float:
         """How many times the data has been seen when `step` steps are done."""
-        return step * self.batch_size / len(self.examples)
+        return step * self.batch_size / self.units_per_epoch
 
 
 def _balance(lengths: Sequence[int], most: int) -> list[list[int]]:

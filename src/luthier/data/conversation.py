@@ -6,27 +6,31 @@ turns a conversation into an `Example`; nothing after prepare.py knows what the 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IGNORED", "ROLES", "Conversation", "Example", "Ids", "Role", "Source", "Turn", "digest"]
+__all__ = ["IGNORED", "ROLES", "Conversation", "Example", "Ids", "Role", "Source", "Turn", "Weights"]
 
 IGNORED = -100
 """The label of a token that is not trained (the value PyTorch's cross entropy ignores)."""
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 Ids: TypeAlias = NDArray[np.int32]
+Weights: TypeAlias = NDArray[np.float32]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a row stands. `line` counts from 1."""
+_NO_FIELDS: Mapping[str, str] = MappingProxyType({})
+
+
+# Named tuples, not dataclasses: a frozen dataclass takes several times as long to make, and there are millions.
+class Source(NamedTuple):
+    """Where a row stands. `line` counts from 1; where a file has no lines (Parquet, a list in JSON) it is the row."""
 
     file: str
     line: int
@@ -35,8 +39,7 @@ class Source:
         return f"{self.file}:{self.line}"
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One speaker's part. `train` says whether the model learns to write it; only assistant turns can be trained."""
 
     role: Role
@@ -44,8 +47,7 @@ class Turn:
     train: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A row in the form that every template reads.
 
     `fields` are the row's text fields by the format's own names: what a template such as `Q: {question}` takes its
@@ -55,7 +57,7 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     source: Source
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = _NO_FIELDS
     plain: bool = False
 
 
@@ -66,12 +68,14 @@ class Example:
     `ids` and `labels` are int32 arrays of the same length; `labels[i]` is `ids[i]` where token i is trained and -100
     elsewhere (not shifted: batches.py shifts). `row` counts from 0 over all files of the recipe in their order.
     `fields` are kept for held-out rows (eval and test), where tasks need them; training rows carry none.
+    `weights` (float32, one a token) say how much each label counts in the loss; None: all that have one count 1.
     """
 
     ids: Ids
     labels: Ids
     row: int
     fields: Mapping[str, str] = field(default_factory=dict)
+    weights: Weights | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,15 +91,3 @@ class Example:
         trained = self.labels != IGNORED
         starts = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
         return int(starts[-1]) if len(starts) else len(self.ids)
-
-
-def digest(*sides: Sequence[Example]) -> str:
-    """SHA-256 over the ids and labels of the examples, in order: two data sets with the same one train the same."""
-    found = hashlib.sha256()
-    for examples in sides:
-        found.update(f"{len(examples)};".encode())
-        for example in examples:
-            found.update(f"{len(example.ids)};".encode())
-            found.update(example.ids.astype(np.int32).tobytes())
-            found.update(example.labels.astype(np.int32).tobytes())
-    return found.hexdigest()

@@ -1,33 +1,35 @@
 """The formats of rows that people have, one small function each, in one table.
 
-A format reads one record into a `Conversation` and raises `RowError` with what is wrong with the row. To add one:
-write its function, add a line to `FORMATS` and a test.
+A format reads a row's keys and values into a `Conversation`, and raises `RowError` with what is wrong with the row. To
+add one: write its function, add a line to `FORMATS` and a test. Which format a file has is decided in recognise.py.
 
 The shapes are the ones in common use: Stanford Alpaca's instruction/input/output, OpenAI's `messages` with
-role/content, ShareGPT's `conversations` with from/value, and plain pairs.
+role/content, ShareGPT's `conversations` with from/value, and plain pairs. These functions run once a row: what they do
+for a good row is as little as can be, and the reasons are found afterwards.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
-from luthier.data.conversation import ROLES, Conversation, Role, Source, Turn
+from luthier.data.conversation import Conversation, Source, Turn
+from luthier.data.turns import OPENAI, SHAREGPT, RowError, TurnLayout, kind_of, read_turns
 
-__all__ = ["FORMATS", "Format", "Record", "RowError", "nearest_format", "recognise"]
+__all__ = ["FORMATS", "Fields", "Format", "Reader", "Record", "RowError"]
+
+Fields: TypeAlias = Mapping[str, object]
+Reader: TypeAlias = Callable[[Fields, Source], Conversation]
+
+_make = tuple.__new__  # of a named tuple: half the time of calling its class
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row as it stands in its file: the JSON object and where it is."""
+class Record(NamedTuple):
+    """One row as it stands in its file: its keys and values, and where it is."""
 
     source: Source
-    fields: Mapping[str, object]
-
-
-class RowError(Exception):
-    """What is wrong with one row; sources.py adds the file and the line."""
+    fields: Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,10 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     about: str
-    read: Callable[[Record], Conversation]
+    read: Reader
 
     def __call__(self, record: Record) -> Conversation:
-        return self.read(record)
+        return self.read(record.fields, record.source)
 
     @property
     def keys(self) -> str:
@@ -48,31 +50,50 @@ class Format:
         return ", ".join([*self.required, *(f"[{key}]" for key in self.optional)])
 
 
-def _kind(value: object) -> str:
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text"}
-    names |= {list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+def _text(fields: Fields, key: str) -> str:
+    value = fields.get(key)
+    if value.__class__ is str and value and not value.isspace():
+        return value
+    raise _refused(fields, key)
 
 
-def _text(record: Record, key: str, *, empty: bool = False) -> str:
-    if key not in record.fields:
-        raise RowError(f"the key {key!r} is missing")
-    value = record.fields[key]
+def _refused(fields: Fields, key: str) -> RowError:
+    """Why the value under `key` cannot be used as text."""
+    if key not in fields:
+        return RowError(f"the key {key!r} is missing", f"add {key!r}, or take the row out")
+    value = fields[key]
+    if isinstance(value, str):
+        nothing = "empty" if not value else "only spaces"
+        return RowError(f"{key!r} is {nothing}", "write the text, or take the row out", key)
+    return RowError(f"{key!r} must be text, not {kind_of(value)}", _as_text(key, value), key)
+
+
+def _as_text(key: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"write the text for {key!r}, or take the row out"
+    return f'write the number in quotes: "{key}": "{value}"'
+
+
+def _optional_text(fields: Fields, key: str) -> str:
+    value = fields.get(key)
+    if value is None:
+        return ""
     if not isinstance(value, str):
-        raise RowError(f"{key!r} must be text, not {_kind(value)}")
-    if not empty and not value.strip():
-        raise RowError(f"{key!r} is empty")
+        raise RowError(f"{key!r} must be text, not {kind_of(value)}", _as_text(key, value), key)
     return value
 
 
-def _optional_text(record: Record, key: str) -> str:
-    return "" if record.fields.get(key) is None else _text(record, key, empty=True)
-
-
-def _text_fields(record: Record) -> dict[str, str]:
+def _text_fields(fields: Fields) -> Mapping[str, str]:
     """The row's top-level values that can be written into a text; numbers and truth values in JSON's spelling."""
+    for value in fields.values():
+        if value.__class__ is not str:
+            return _written(fields)
+    return fields  # type: ignore[return-value]  # all are text
+
+
+def _written(fields: Fields) -> dict[str, str]:
     found: dict[str, str] = {}
-    for key, value in record.fields.items():
+    for key, value in fields.items():
         if isinstance(value, str):
             found[key] = value
         elif isinstance(value, bool):
@@ -82,103 +103,54 @@ def _text_fields(record: Record) -> dict[str, str]:
     return found
 
 
-def _pair(question: str, answer: str) -> Callable[[Record], Conversation]:
-    def read(record: Record) -> Conversation:
-        turns = (Turn("user", _text(record, question)), Turn("assistant", _text(record, answer), train=True))
-        return Conversation(turns, record.source, _text_fields(record))
+def _pair(question: str, answer: str) -> Reader:
+    def read(fields: Fields, source: Source) -> Conversation:
+        asked = _make(Turn, ("user", _text(fields, question), False))
+        answered = _make(Turn, ("assistant", _text(fields, answer), True))
+        return _make(Conversation, ((asked, answered), source, _text_fields(fields), False))
 
     return read
 
 
-def _alpaca(record: Record) -> Conversation:
-    instruction, output = _text(record, "instruction"), _text(record, "output")
-    given, system = _optional_text(record, "input"), _optional_text(record, "system")
-    turns = [Turn("system", system)] if system.strip() else []
-    turns.append(Turn("user", f"{instruction}\n\n{given}" if given.strip() else instruction))
-    turns.append(Turn("assistant", output, train=True))
-    fields = _text_fields(record) | {"input": given, "system": system}
-    return Conversation(tuple(turns), record.source, fields)
+def _alpaca(fields: Fields, source: Source) -> Conversation:
+    instruction, output = _text(fields, "instruction"), _text(fields, "output")
+    given, system = _optional_text(fields, "input"), _optional_text(fields, "system")
+    if given and not given.isspace():
+        instruction = f"{instruction}\n\n{given}"
+    turns: tuple[Turn, ...] = (Turn("user", instruction), Turn("assistant", output, True))
+    if system and not system.isspace():
+        turns = (Turn("system", system), *turns)
+    return Conversation(turns, source, {**_text_fields(fields), "input": given, "system": system})
 
 
-def _plain_text(record: Record) -> Conversation:
-    turn = Turn("assistant", _text(record, "text"), train=True)
-    return Conversation((turn,), record.source, _text_fields(record), plain=True)
+def _plain_text(fields: Fields, source: Source) -> Conversation:
+    turn = Turn("assistant", _text(fields, "text"), True)
+    return Conversation((turn,), source, _text_fields(fields), True)
 
 
-OPENAI_ROLES: Mapping[str, Role] = {role: role for role in ROLES} | {"developer": "system"}
-SHAREGPT_ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+def _chat(key: str, layout: TurnLayout) -> Reader:
+    def read(fields: Fields, source: Source) -> Conversation:
+        system = _optional_text(fields, "system") if "system" in fields else ""
+        turns = read_turns(fields.get(key), key, layout, system)
+        texts = _written(fields) if len(fields) > 1 else {}
+        spoken = turns[1:] if turns[0][0] == "system" else turns
+        if len(spoken) == 2:
+            # One question and one answer: a text template can name them, as it can the columns of a flat row.
+            texts["system"] = "" if spoken is turns else turns[0].content
+            texts["user"], texts["assistant"] = spoken[0][1], spoken[1][1]
+        return _make(Conversation, (turns, source, texts, False))
 
-
-def _listed_turns(record: Record, key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> list[Turn]:
-    rows = record.fields.get(key)
-    if not isinstance(rows, list):
-        raise RowError(f"{key!r} must be a list, not {_kind(rows)}")
-    turns: list[Turn] = []
-    for number, row in enumerate(rows, 1):
-        place = f"{key}, turn {number}"
-        if not isinstance(row, dict):
-            raise RowError(f"{place}: must be an object with {role_key!r} and {text_key!r}, not {_kind(row)}")
-        role, content, train = row.get(role_key), row.get(text_key), row.get("train", True)
-        if not isinstance(role, str) or role not in roles:
-            raise RowError(f"{place}: {role_key!r} is {role!r}; known are {', '.join(sorted(roles))}")
-        if row.get("tool_calls"):
-            raise RowError(f"{place}: tool calls are not read; write the call into {text_key!r} as text")
-        if not isinstance(content, str):
-            raise RowError(f"{place}: {text_key!r} must be text, not {_kind(content)}")
-        if not isinstance(train, bool):
-            raise RowError(f"{place}: 'train' must be true or false, not {train!r}")
-        turns.append(Turn(roles[role], content, train=train and roles[role] == "assistant"))
-    return turns
-
-
-def _check_turns(turns: Sequence[Turn], key: str) -> None:
-    """What no template can make sense of: no answer, an empty turn, a system turn in the middle, an answer first."""
-    for number, turn in enumerate(turns, 1):
-        if not turn.content.strip() and turn.role != "tool":  # a tool may well return nothing
-            raise RowError(f"{key}, turn {number}: the {turn.role}'s turn is empty")
-        if turn.role == "system" and number > 1:
-            raise RowError(f"{key}, turn {number}: a system turn can only be the first")
-    spoken = [turn for turn in turns if turn.role != "system"]
-    if not any(turn.role == "assistant" for turn in spoken):
-        raise RowError(f"{key}: there is no assistant turn, so nothing to learn")
-    if spoken[0].role != "user":
-        raise RowError(f"{key}: the {spoken[0].role} speaks first; a user's turn must come before")
-    if not any(turn.train for turn in spoken):
-        raise RowError(f"{key}: every assistant turn is marked train: false, so nothing to learn")
-
-
-def _chat(record: Record, key: str, turns: list[Turn]) -> Conversation:
-    system = _optional_text(record, "system")
-    if system.strip() and not any(turn.role == "system" for turn in turns):
-        turns = [Turn("system", system), *turns]
-    _check_turns(turns, key)
-    fields = _text_fields(record)
-    if [turn.role for turn in turns if turn.role != "system"] == ["user", "assistant"]:
-        # One question and one answer: a text template can name them, as it can the columns of a flat row.
-        fields = {"system": "", **fields, **{turn.role: turn.content for turn in turns}}
-    return Conversation(tuple(turns), record.source, fields)
-
-
-def _messages(record: Record) -> Conversation:
-    return _chat(record, "messages", _listed_turns(record, "messages", "role", "content", OPENAI_ROLES))
-
-
-def _sharegpt(record: Record) -> Conversation:
-    return _chat(record, "conversations", _listed_turns(record, "conversations", "from", "value", SHAREGPT_ROLES))
+    return read
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("system",), "turns with role and content (OpenAI's layout)", _messages),
-    "sharegpt": Format(("conversations",), ("system",), "turns with from and value (ShareGPT's layout)", _sharegpt),
+    "messages": Format(("messages",), ("system",), "turns with role and content (OpenAI's)", _chat("messages", OPENAI)),
+    "sharegpt": Format(
+        ("conversations",),
+        ("system",),
+        "turns with from and value (ShareGPT's layout)",
+        _chat("conversations", SHAREGPT),
+    ),
     "alpaca": Format(("instruction", "output"), ("input", "system"), "Stanford Alpaca's layout", _alpaca),
     "prompt-completion": Format(("prompt", "completion"), (), "a prompt and its end", _pair("prompt", "completion")),
     "question-answer": Format(("question", "answer"), (), "a question, its answer", _pair("question", "answer")),
@@ -186,29 +158,3 @@ FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), "plain text, all of it learned", _plain_text),
 }
 """Name -> format. When a row's keys fit several, the first in this order is taken, and the report says so."""
-
-
-def recognise(keys: Collection[str]) -> tuple[str, ...]:
-    """The formats whose required keys are all in `keys`, best first; empty when none fits."""
-    return tuple(name for name, form in FORMATS.items() if set(form.required) <= set(keys))
-
-
-def nearest_format(keys: Collection[str]) -> tuple[str, dict[str, str]] | None:
-    """The format that these keys come nearest to, and which key is probably meant by which: `{required: found}`.
-
-    None when nothing is near. Used only in error messages.
-    """
-    best: tuple[float, str, dict[str, str]] | None = None
-    lowered = {key.lower(): key for key in keys}
-    for name, form in FORMATS.items():
-        guessed: dict[str, str] = {}
-        score = 0.0
-        for key in form.required:
-            close = difflib.get_close_matches(key, list(lowered), n=1, cutoff=0.6)
-            if close:
-                score += difflib.SequenceMatcher(None, key, close[0]).ratio() / len(form.required)
-                if lowered[close[0]] != key:
-                    guessed[key] = lowered[close[0]]
-        if score > 0 and (best is None or score > best[0]):
-            best = (score, name, guessed)
-    return None if best is None else (best[1], best[2])

@@ -1,9 +1,9 @@
 """Chat templates: jinja source and turns in, text out, in jinja's sandbox.
 
-A chat template comes with a model, so it is somebody else's program. It runs in `ImmutableSandboxedEnvironment` with
-the settings and the few helpers that transformers gives it (trim_blocks, lstrip_blocks, loop controls, `tojson`,
-`raise_exception`, `strftime_now`, the `generation` tag), so that it renders here what it renders there; only the date
-is fixed, see `TEMPLATE_DATE`.
+A chat template comes with a model, so it is somebody else's program. It runs in jinja's sandbox, limited in time
+(jinja_watch.py) and in what it makes (jinja_limits.py), with the settings and the few helpers that transformers gives
+it (trim_blocks, lstrip_blocks, loop controls, `tojson`, `raise_exception`, `strftime_now`, the `generation` tag), so
+that it renders here what it renders there; only the date is fixed, see `TEMPLATE_DATE`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
 
 from luthier.data.conversation import Turn
+from luthier.data.jinja_limits import LimitedEnvironment, TooLargeError
+from luthier.data.jinja_watch import CPU_SECONDS, RunawayError, within_limit
 from luthier.errors import DataError
 
-__all__ = ["TEMPLATE_DATE", "render_chat"]
+__all__ = ["TEMPLATE_DATE", "ChatTemplate", "Message", "render_chat"]
+
+Message: TypeAlias = dict[str, str]
+"""What templates see of a turn: its role and its content."""
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The day that templates are told it is, for those that write the date into the system turn.
@@ -60,43 +66,81 @@ def _strftime(form: str) -> str:
     return TEMPLATE_DATE.strftime(form)
 
 
+_REMEDY = "use another `template`, such as alpaca"
+_FAILURES = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError, RuntimeError),
+    MemoryError,
+)
+"""What a template's own mistakes (a filter given the wrong type, a macro without end) surface as."""
+
+
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _strftime
+    environment.limit()
     try:
-        return environment.from_string(source)
+        return within_limit(environment.template, source)
     except jinja2.TemplateSyntaxError as error:
         message = f"the chat template is not valid jinja: {error.message} (line {error.lineno})"
-        raise DataError(message, "use another `template`, such as alpaca") from error
+        raise DataError(message, _REMEDY) from error
+    except RunawayError as error:
+        raise DataError("the chat template takes too long to compile", _REMEDY) from error
+    except (SyntaxError, *_FAILURES) as error:  # nested too deeply for Python
+        raise DataError(f"the chat template cannot be compiled: {_said(error)}", _REMEDY) from error
+
+
+def _said(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+class ChatTemplate:
+    """A chat template, ready to write messages; in any thread."""
+
+    def __init__(self, source: str, special: Mapping[str, str | list[str]]) -> None:
+        """`special`: `bos_token`, `eos_token` and the like, as the template may name them.
+
+        Raises:
+            DataError: the source is not valid jinja.
+        """
+        self._template = _compiled(source)
+        self._always = {**self._template.globals, "tools": None, "documents": None, **special}
+
+    def _write(self, values: dict[str, object]) -> str:
+        template = self._template
+        context = Context(template.environment, values, template.name, template.blocks)
+        return LimitedEnvironment.concat(template.root_render_func(context))
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        """The text that the template makes of `messages`; with `generation_prompt`, up to where an answer begins.
+
+        Raises:
+            DataError: the template refuses the messages, fails, or would not come to an end.
+        """
+        values = {**self._always, "messages": messages, "add_generation_prompt": generation_prompt}
+        try:
+            return within_limit(self._write, values)
+        except SecurityError as error:
+            message = f"the chat template reaches for what no template may: {_said(error)}"
+            raise DataError(message, "do not use a template that tries this; " + _REMEDY) from error
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template refuses the conversation: {_said(error)}") from error
+        except RunawayError as error:
+            message = f"the chat template does not come to an end within {CPU_SECONDS:g} seconds"
+            raise DataError(message, _REMEDY) from error
+        except TooLargeError as error:
+            raise DataError(f"the chat template grows without bound: {error}", _REMEDY) from error
+        except _FAILURES as error:
+            raise DataError(f"the chat template fails on the conversation: {_said(error)}") from error
 
 
 def render_chat(
     source: str, turns: Sequence[Turn], *, generation_prompt: bool, special: Mapping[str, str | list[str]]
 ) -> str:
-    """The text that the template makes of `turns`.
-
-    Args:
-        source: the template, in jinja.
-        turns: the conversation so far.
-        generation_prompt: end with the text that opens an assistant's turn.
-        special: `bos_token`, `eos_token` and the like, as the template may name them.
-
-    Raises:
-        DataError: the template is not valid, refuses the conversation, or fails.
-    """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    compiled = _compiled(source)
-    try:
-        return compiled.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt, **special
-        )
-    except jinja2.TemplateError as error:
-        raise DataError(f"the chat template refuses the conversation: {error.message or error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError, OverflowError) as error:
-        # The template's own mistakes (a filter given the wrong type) surface as plain Python errors.
-        raise DataError(f"the chat template fails on the conversation: {error}") from error
+    """The text that the template `source` makes of `turns`; see `ChatTemplate`."""
+    messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    return ChatTemplate(source, special).render(messages, generation_prompt)

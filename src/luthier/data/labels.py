@@ -11,24 +11,42 @@ Only the head has to be encoded for it, since a control token parts what is befo
 Llama 3's layout every head is the same few tokens. Where the check fails, a token reaches over the prompt's end
 (`A: ` before `Paris`, where the space and the word are one token): there the text is encoded in two parts, as it will
 be in a chat, and the row is counted in the report.
+
+It goes in three steps, so that the middle one, nearly all of the work, can run in a thread of its own:
+
+    Written       rows as text; where spans lie, counted in control tokens       Python, row by row
+    tokenize      ids of all texts and heads                                     the tokenizers library
+    label         places of the control tokens, checks, labels                   numpy, the whole chunk at once
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from luthier.data.conversation import IGNORED, Ids
-from luthier.data.tokenizer import ChatTokenizer
-from luthier.errors import DataError
+from luthier.data.conversation import Ids
+from luthier.data.tokenizer import ChatTokenizer, Guarded, Tokens
 
-__all__ = ["Encoded", "Marked", "encode_marked"]
+__all__ = ["EncodedChunk", "Marked", "RowFault", "Rules", "Tokenized", "Written", "label", "tokenize"]
+
+_Numbers = NDArray[np.int64]
+_Flags = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Marked:
+class RowFault(NamedTuple):
+    """Why a row cannot be written or labelled, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+
+class Marked(NamedTuple):
     """A rendered text. `spans` are the trained parts as [start, end) in characters, each ending with a control token.
 
     `mark` is what breaks control tokens inside contents ("" where there are none, see tokenizer.py).
@@ -36,100 +54,300 @@ class Marked:
 
     text: str
     mark: str
-    spans: tuple[tuple[int, int], ...]
+    spans: Sequence[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class _Spans:
+    """The trained spans of a chunk, one entry a span, in the order of rows and of the text.
+
+    `head` numbers the span's head; `before` counts the control tokens of the row's text before the span, `through`
+    those before its end.
+    """
+
+    row: list[int] = field(default_factory=list)
+    head: list[int] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
+    through: list[int] = field(default_factory=list)
+
+
+class Written:
+    """A chunk's rows as text. A row that could not be written has an empty text and a fault."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.texts: list[Guarded] = []
+        self.controls: list[int] = []
+        self.spans = _Spans()
+        self.heads: dict[Guarded, int] = {}
+        self.faults: dict[int, RowFault] = {}
+        self._finditer = tokenizer.control_pattern.finditer
+
+    def add(self, row: Marked) -> None:
+        """Take the next row in."""
+        text, mark, parts = row
+        number = len(self.texts)
+        found = list(self._finditer(text))
+        ends = [control.end() for control in found]
+        spans, heads = self.spans, self.heads
+        for start, end in parts:
+            before = bisect_right(ends, start)
+            head = (text[found[before - 1].start() if before else 0 : start], mark)
+            spans.row.append(number)
+            spans.head.append(heads.setdefault(head, len(heads)))
+            spans.before.append(before)
+            spans.through.append(bisect_right(ends, end))
+        self.texts.append((text, mark))
+        self.controls.append(len(ends))
+
+    def refuse(self, fault: RowFault) -> None:
+        """Take the next row in as one that cannot be written."""
+        self.faults[len(self.texts)] = fault
+        self.texts.append(("", ""))
+        self.controls.append(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A chunk with the tokens of its texts and heads."""
+
+    written: Written
+    texts: Sequence[Tokens]
+    heads: Sequence[Tokens]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """Ids and labels of one row (int32, not shifted), and whether a token had to be parted at a prompt's end."""
+class EncodedChunk:
+    """Ids and labels of a chunk's rows, one after another.
+
+    Attributes:
+        ids: of all rows that have no fault.
+        labels: True where the token is trained; as long as `ids`.
+        lengths: tokens of each row, 0 for one with a fault.
+        parted: the rows in which a token had to be parted at a prompt's end.
+        faults: the rows that could not be used, by their index in the chunk.
+    """
 
     ids: Ids
-    labels: Ids
-    parted: bool
+    labels: _Flags
+    lengths: _Numbers
+    parted: _Flags
+    faults: Mapping[int, RowFault]
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
-    """What comes before a span: how many control tokens, and the text since the last of them (included)."""
-
-    controls: int
-    text: str
-
-
-def encode_marked(rows: Sequence[Marked], tokenizer: ChatTokenizer) -> list[Encoded]:
-    """Encode rendered rows; those without control tokens in their contents in one batch.
-
-    Raises:
-        DataError: the tokenizer makes a control token out of plain text, so nothing can be promised about its masks.
+class Rules:
+    """What a labelled row must keep: each span ends with one of `ends`; BOS (None: not looked at) stands once, or is
+    absent where the tokenizer does not put it by itself. `everything`: all tokens are trained, not just the spans.
     """
-    plain = [i for i, row in enumerate(rows) if not row.mark]
-    whole: dict[int, list[int]] = dict(zip(plain, tokenizer.encode_batch([rows[i].text for i in plain]), strict=True))
-    found = [[(at.start(), at.end()) for at in tokenizer.control_pattern.finditer(row.text)] for row in rows]
-    heads = [[_head(row, controls, start) for start, _ in row.spans] for row, controls in zip(rows, found, strict=True)]
-    texts = list(dict.fromkeys(head.text for i in plain for head in heads[i]))
-    known = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    encoded: list[Encoded] = []
-    for i, row in enumerate(rows):
-        ids = whole[i] if not row.mark else tokenizer.encode_guarded(row.text, row.mark)
-        head_ids = known if not row.mark else {h.text: tokenizer.encode_guarded(h.text, row.mark) for h in heads[i]}
-        encoded.append(_label(_Row(row, found[i], heads[i], head_ids), ids, tokenizer))
-    return encoded
+
+    ends: Sequence[int]
+    bos: int | None
+    needs_bos: bool
+    everything: bool = False
+
+
+def tokenize(written: Written, tokenizer: ChatTokenizer) -> Tokenized:
+    """The tokens of a written chunk: one call of the library, which holds no Python lock and uses all cores."""
+    found = tokenizer.tokens([*written.texts, *written.heads])
+    return Tokenized(written, found[: len(written.texts)], found[len(written.texts) :])
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    marked: Marked
-    controls: Sequence[tuple[int, int]]
-    heads: Sequence[_Head]
-    head_ids: Mapping[str, list[int]]
+class _Flat:
+    """Rows of ids laid end to end, and where the control tokens are: row i has those from `first[i]` on."""
+
+    ids: Ids
+    lengths: _Numbers
+    offsets: _Numbers
+    places: _Numbers
+    first: _Numbers
+    counts: _Numbers
 
 
-def _head(row: Marked, controls: Sequence[tuple[int, int]], start: int) -> _Head:
-    before = sum(1 for _, end in controls if end <= start)
-    return _Head(before, row.text[controls[before - 1][0] if before else 0 : start])
+def _flat(rows: Sequence[Sequence[int]], is_control: _Flags) -> _Flat:
+    ids, lengths = _joined(rows)
+    offsets = np.cumsum(lengths) - lengths
+    places = np.flatnonzero(is_control[ids])
+    first = np.searchsorted(places, offsets)
+    counts = np.searchsorted(places, offsets + lengths) - first
+    return _Flat(ids, lengths, offsets, places, first, counts)
 
 
-def _label(row: _Row, ids: list[int], tokenizer: ChatTokenizer) -> Encoded:
-    parted = False
-    at = _control_places(ids, row, tokenizer)
-    for i in reversed(range(len(row.heads))):  # from the last, so that earlier places stay where they are
-        head = row.heads[i]
-        head_ids = row.head_ids[head.text]
-        base = at[head.controls - 1] if head.controls else 0
-        if ids[base : base + len(head_ids)] != head_ids:
-            start = row.marked.spans[i][0]
-            ids = ids[:base] + head_ids + _tail(row, head, start, tokenizer) + ids[at[head.controls] :]
-            parted = True
-    at = _control_places(ids, row, tokenizer) if parted else at
-    array = np.array(ids, dtype=np.int32)
-    labels = np.full(len(ids), IGNORED, dtype=np.int32)
-    for head, (_, end) in zip(row.heads, row.marked.spans, strict=True):
-        first = (at[head.controls - 1] if head.controls else 0) + len(row.head_ids[head.text])
-        last = at[sum(1 for _, stop in row.controls if stop <= end) - 1]
-        labels[first : last + 1] = array[first : last + 1]
-    return Encoded(array, labels, parted)
+def _joined(rows: Sequence[Sequence[int]]) -> tuple[Ids, _Numbers]:
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum())), lengths
 
 
-def _control_places(ids: Sequence[int], row: _Row, tokenizer: ChatTokenizer) -> list[int]:
-    numbers = tokenizer.control_ids
-    at = [place for place, number in enumerate(ids) if number in numbers]
-    if len(at) != len(row.controls):
-        raise DataError(
-            f"the tokenizer finds {len(at)} control tokens where the template wrote {len(row.controls)}",
-            "its special tokens can be made from plain text; use another model's tokenizer, or take this row out",
+def label(tokenized: Tokenized, tokenizer: ChatTokenizer, rules: Rules) -> EncodedChunk:
+    """Ids and labels of a chunk, with the faults that only its tokens show."""
+    written = tokenized.written
+    rows = [tokens.ids for tokens in tokenized.texts]
+    heads = [tokens.ids for tokens in tokenized.heads]
+    spans = _SpanArrays(*(np.array(column, dtype=np.int64) for column in _columns(written.spans)))
+    flat = _flat(rows, tokenizer.is_control)
+    faults = dict(written.faults)
+    _compare_controls(flat, written, faults)
+    misfits = _misfits(flat, spans, heads)
+    parted = np.zeros(len(rows), dtype=np.bool_)
+    if misfits.any():
+        parted[[row for row in spans.row[misfits] if row not in faults]] = True
+        _part(
+            np.flatnonzero(misfits & parted[spans.row]),
+            _Chunk(rows, heads, list(written.heads), flat, written),
+            tokenizer,
         )
-    return at
+        flat = _flat(rows, tokenizer.is_control)
+        _compare_controls(flat, written, faults)
+    usable = spans.take(~np.isin(spans.row, list(faults)))
+    labels = _labels(flat, usable, heads, rules, faults)
+    _count_bos(flat, rules, faults)
+    return _without_faulty(flat, labels, parted, faults)
 
 
-def _tail(row: _Row, head: _Head, start: int, tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of the text from a span's start to the next control token, encoded apart from what is before.
+class _SpanArrays(NamedTuple):
+    """`_Spans` as arrays."""
+
+    row: _Numbers
+    head: _Numbers
+    before: _Numbers
+    through: _Numbers
+
+    def take(self, which: _Flags) -> _SpanArrays:
+        """Some of them."""
+        return _SpanArrays(*(column[which] for column in self))
+
+    def base(self, flat: _Flat) -> _Numbers:
+        """Where each span's head begins: at a control token, or with the row."""
+        base = flat.offsets[self.row]
+        after = np.flatnonzero(self.before)
+        base[after] = flat.places[flat.first[self.row[after]] + self.before[after] - 1]
+        return base
+
+
+def _columns(spans: _Spans) -> tuple[list[int], ...]:
+    return spans.row, spans.head, spans.before, spans.through
+
+
+def _compare_controls(flat: _Flat, written: Written, faults: dict[int, RowFault]) -> None:
+    """Each row must have the control tokens that the template wrote, no more and no fewer."""
+    for i in np.flatnonzero(flat.counts != np.array(written.controls, dtype=np.int64)).tolist():
+        faults.setdefault(
+            i,
+            RowFault(
+                f"the tokenizer finds {flat.counts[i]} control tokens where the template wrote {written.controls[i]}",
+                "its special tokens can be made from plain text; use another model's tokenizer, or take this row out",
+            ),
+        )
+
+
+def _misfits(flat: _Flat, spans: _SpanArrays, heads: Sequence[Sequence[int]]) -> _Flags:
+    """The spans whose head's ids are not what stands before them in the whole. Nothing is said of faulty rows."""
+    if not len(spans.row) or not len(flat.ids):
+        return np.zeros(len(spans.row), dtype=np.bool_)
+    head_ids, head_lengths = _joined(heads)
+    head_starts = (np.cumsum(head_lengths) - head_lengths)[spans.head]
+    lengths = head_lengths[spans.head]
+    enough = spans.before <= flat.counts[spans.row]  # fewer control tokens than written: a faulty row
+    base = np.zeros(len(spans.row), dtype=np.int64)
+    base[enough] = spans.take(enough).base(flat)
+    within = enough & (base + lengths <= (flat.offsets + flat.lengths)[spans.row])
+    steps = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    at = np.minimum(np.repeat(base, lengths) + steps, len(flat.ids) - 1)
+    differs = flat.ids[at] != head_ids[np.repeat(head_starts, lengths) + steps]
+    wrong = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[differs], minlength=len(lengths))
+    return (wrong > 0) | ~within
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What parting works on; `rows` is changed. `head_texts` and `heads` are the same, as text and as ids."""
+
+    rows: list[list[int]]
+    heads: Sequence[list[int]]
+    head_texts: Sequence[Guarded]
+    flat: _Flat
+    written: Written
+
+
+def _part(misfits: _Numbers, chunk: _Chunk, tokenizer: ChatTokenizer) -> None:
+    """Put the head's ids, and the ids of what follows it encoded alone, where the whole's ids do not fit."""
+    spans, flat = chunk.written.spans, chunk.flat
+    tails: list[Guarded] = []
+    dropped: list[int] = []
+    for span in misfits.tolist():
+        tail, lead = _tail(chunk, span, tokenizer)
+        tails.append(tail)
+        dropped.append(lead)
+    encoded = tokenizer.tokens(tails)
+    for k in reversed(range(len(tails))):  # from the last, so that earlier places stay where they are
+        span = int(misfits[k])
+        row, before = spans.row[span], spans.before[span]
+        at = flat.places[flat.first[row] : flat.first[row] + flat.counts[row]] - flat.offsets[row]
+        base = int(at[before - 1]) if before else 0
+        ids, tail_ids = chunk.rows[row], encoded[k].ids[dropped[k] :]
+        chunk.rows[row] = ids[:base] + chunk.heads[spans.head[span]] + tail_ids + ids[int(at[before]) :]
+
+
+def _tail(chunk: _Chunk, span: int, tokenizer: ChatTokenizer) -> tuple[Guarded, int]:
+    """The text from a span's start to the next control token, and how many ids at its beginning are not its own.
 
     It is encoded after a control token, as in the whole text: some tokenizers put a space before a text's first word.
     """
-    text = row.marked.text[start : row.controls[head.controls][0]]
-    if not text:
-        return []
-    if not head.controls:
-        return tokenizer.encode_guarded(text, row.marked.mark)
-    first, last = row.controls[head.controls - 1]
-    return tokenizer.encode_guarded(row.marked.text[first:last] + text, row.marked.mark)[1:]
+    spans = chunk.written.spans
+    row, before = spans.row[span], spans.before[span]
+    text, mark = chunk.written.texts[row]
+    found = list(tokenizer.control_pattern.finditer(text))
+    head, _ = chunk.head_texts[spans.head[span]]
+    start = (found[before - 1].start() if before else 0) + len(head)
+    tail = text[start : found[before].start()]
+    if not tail or not before:
+        return (tail, mark), 0
+    return (found[before - 1][0] + tail, mark), 1
+
+
+def _labels(
+    flat: _Flat, spans: _SpanArrays, heads: Sequence[Sequence[int]], rules: Rules, faults: dict[int, RowFault]
+) -> _Flags:
+    """True from the end of each span's head through its last control token, which must be an end of turn."""
+    if rules.everything:
+        return np.ones(len(flat.ids), dtype=np.bool_)
+    edges = np.zeros(len(flat.ids) + 1, dtype=np.int64)
+    if len(spans.row):
+        head_lengths = np.fromiter(map(len, heads), dtype=np.int64, count=len(heads))
+        last = flat.places[flat.first[spans.row] + spans.through - 1]
+        edges[spans.base(flat) + head_lengths[spans.head]] += 1
+        edges[last + 1] -= 1
+        unended = spans.row[~np.isin(flat.ids[last], rules.ends)]
+        for row, count in zip(*np.unique(unended, return_counts=True), strict=True):
+            faults[int(row)] = RowFault(
+                f"{count} of the row's answers end without a trained end-of-turn token",
+                "use another template; such a model would never stop",
+            )
+    return np.cumsum(edges[:-1]) > 0
+
+
+def _count_bos(flat: _Flat, rules: Rules, faults: dict[int, RowFault]) -> None:
+    if rules.bos is None:
+        return
+    at = np.flatnonzero(flat.ids == rules.bos)
+    rows = np.searchsorted(flat.offsets, at, side="right") - 1
+    counts = np.bincount(rows, minlength=len(flat.lengths))
+    for row in np.flatnonzero((counts > 1) | ((counts == 0) & rules.needs_bos)).tolist():
+        faults.setdefault(
+            row,
+            RowFault(
+                f"the template writes the beginning-of-text token {counts[row]} times",
+                "it must stand once, at the beginning: correct the template or use another, such as alpaca; where it "
+                "begins each question with one, make each question and its answer a row",
+            ),
+        )
+
+
+def _without_faulty(flat: _Flat, labels: _Flags, parted: _Flags, faults: dict[int, RowFault]) -> EncodedChunk:
+    if not faults:
+        return EncodedChunk(flat.ids, labels, flat.lengths, parted, faults)
+    good = np.ones(len(flat.lengths), dtype=np.bool_)
+    good[list(faults)] = False
+    kept = np.repeat(good, flat.lengths)
+    faults = dict(sorted(faults.items()))
+    return EncodedChunk(flat.ids[kept], labels[kept], np.where(good, flat.lengths, 0), parted & good, faults)

@@ -11,64 +11,80 @@ The mask of an assistant's turn i comes from rendering prefixes, with or without
 
 and the whole conversation must begin with `upto` up to the span's end: a template that rewrites earlier turns once a
 later one follows has no honest mask for them, and is refused for that row.
+
+Rows come in chunks: `write` renders them, `tokenize` calls the tokenizers library (in another thread, if you like),
+`label` makes ids and labels (labels.py). A row that has something wrong with it is a `RowFault` and harms no other.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
 
-from luthier.data.conversation import Conversation, Turn
-from luthier.data.jinja_chat import render_chat
-from luthier.data.labels import Encoded, Marked, encode_marked
-from luthier.data.text_template import ALPACA_INPUT, alpaca_source, parse_text_template, plain_source
+import numpy as np
+
+from luthier.data.conversation import IGNORED, Conversation, Ids, Turn
+from luthier.data.jinja_chat import TEMPLATE_DATE, ChatTemplate, Message
+from luthier.data.labels import EncodedChunk, Marked, RowFault, Rules, Tokenized, Written, label, tokenize
+from luthier.data.templates import TEMPLATES, Layout, text_layout
 from luthier.data.tokenizer import ChatTokenizer
 from luthier.errors import DataError, Problem, RecipeError
 
-__all__ = ["TEMPLATES", "Template", "make_template"]
+__all__ = ["Encoded", "Template", "TrainOn", "make_template"]
+
+TrainOn: TypeAlias = Literal["completions", "last", "all"]
+"""Every turn that says `train`, only the last of them, or the whole text with the template's own and the prompts."""
+
+_VERSION = 1
+"""Goes into fingerprints: raise it when the same row would become other ids or labels."""
 
 _PROBE = "Luthier"
 """A content that no template says itself."""
+_REMEDY = "mark the turn train: false, or use another template, such as alpaca"
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What a kind of template is: its jinja source, and how a row's turns are written for it.
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Ids and labels of one row (int32, not shifted), and whether a token had to be parted at a prompt's end."""
 
-    `takes_plain`: rows of plain text are written by it too, instead of as they are.
-    """
-
-    source: str
-    arrange: Callable[[Conversation], tuple[Turn, ...]]
-    takes_plain: bool = False
+    ids: Ids
+    labels: Ids
+    parted: bool
 
 
 class Template:
     """One way of writing conversations for one tokenizer.
 
     Attributes:
-        name: what the recipe says: model, alpaca, text, or the text with {fields}; `make_template(name, tokenizer)`
-            makes this template again.
+        name: what the recipe says, a name or a text with {fields}; `make_template(name, tokenizer)` makes this template
+            again.
+        train_on: which turns are trained.
         chat_template_source: the jinja chat template; put into exported tokenizers and GGUF files.
         end_of_turn: the id of the token that ends an answer; labelled in every trained turn.
         stop_ids: the ids that end generation: end_of_turn and the model's own.
         stop_strings: their texts.
     """
 
-    def __init__(self, name: str, layout: _Layout, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, name: str, layout: Layout, tokenizer: ChatTokenizer, train_on: TrainOn = "completions") -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.train_on = train_on
         self._layout = layout
         self._special = dict(tokenizer.special)
         if tokenizer.eos_token is not None:
             self._special.setdefault("eos_token", tokenizer.eos_token)
         self.chat_template_source = layout.source
+        self._jinja = ChatTemplate(layout.source, self._special)
         bos = self._special.get("bos_token")
         if tokenizer.adds_bos and isinstance(bos, str) and not self._render(_probe(), False).startswith(bos):
             # The model has always seen BOS first; a chat template without it relies on the tokenizer to add it.
             self.chat_template_source = "{{ bos_token }}" + layout.source
+            self._jinja = ChatTemplate(self.chat_template_source, self._special)
         self._end_text = self._find_end_of_turn()
         self.end_of_turn = tokenizer.controls[self._end_text]
         self._edges = self._contents_could_make_controls()
@@ -102,54 +118,81 @@ class Template:
         last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
         return self.prompt_ids(turns[:last])
 
+    def write(self, conversations: Sequence[Conversation]) -> Written:
+        """Render a chunk's rows and find what is trained in them; what is wrong with a row is in `faults`."""
+        written = Written(self.tokenizer)
+        for conversation in conversations:
+            try:
+                written.add(self._mark(conversation))
+            except DataError as error:
+                written.refuse(RowFault(error.message, error.remedy or "correct the row, or take it out"))
+        return written
+
+    def tokenize(self, written: Written) -> Tokenized:
+        """The tokens of a written chunk; nearly all of the work, and Python is free meanwhile."""
+        return tokenize(written, self.tokenizer)
+
+    def label(self, tokenized: Tokenized) -> EncodedChunk:
+        """Ids and labels of a tokenised chunk: trained are the answers and their end-of-turn tokens, nothing else
+        (with `train_on: all`, everything)."""
+        return label(tokenized, self.tokenizer, self._rules)
+
+    def encode_chunk(self, conversations: Sequence[Conversation]) -> EncodedChunk:
+        """Ids and labels of a chunk's rows: the three steps in a row."""
+        return self.label(self.tokenize(self.write(conversations)))
+
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids and labels of one row; see `encode_many`."""
         return self.encode_many([conversation])[0]
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Ids and labels of rows: trained are the answers and their end-of-turn tokens, nothing else.
+        """Ids and labels of rows, each in arrays of its own.
 
         Raises:
-            DataError: naming the row: the template refuses it or rewrites its history, a field is missing, BOS is not
-                there exactly once, or an end-of-turn token would not be trained.
+            DataError: of the first faulty row, naming it: the template refuses it or rewrites its history, a field is
+                missing, BOS is not there exactly once, or an end-of-turn token would not be trained.
         """
-        marked: list[Marked] = []
-        for conversation in conversations:
-            try:
-                marked.append(self._mark(conversation))
-            except DataError as error:
-                raise _at(conversation, error) from error
-        try:
-            encoded = encode_marked(marked, self.tokenizer)
-        except DataError:  # find the row: the batch does not say which
-            encoded = [self._encode_one(*pair) for pair in zip(conversations, marked, strict=True)]
-        for conversation, row, found in zip(conversations, marked, encoded, strict=True):
-            self._check(conversation, row, found)
-        return encoded
-
-    def _encode_one(self, conversation: Conversation, row: Marked) -> Encoded:
-        try:
-            return encode_marked([row], self.tokenizer)[0]
-        except DataError as error:
-            raise _at(conversation, error) from error
+        chunk = self.encode_chunk(conversations)
+        for i, fault in chunk.faults.items():
+            raise DataError(f"{conversations[i].source}: {fault.reason}", fault.remedy)
+        labels = np.where(chunk.labels, chunk.ids, np.int32(IGNORED))
+        cuts = np.cumsum(chunk.lengths)[:-1]
+        rows = zip(np.split(chunk.ids, cuts), np.split(labels, cuts), chunk.parted.tolist(), strict=True)
+        return [Encoded(ids, of_row, parted) for ids, of_row, parted in rows] if conversations else []
 
     def _render(self, turns: Sequence[Turn], generation_prompt: bool) -> str:
-        source = self.chat_template_source
-        return render_chat(source, turns, generation_prompt=generation_prompt, special=self._special)
+        return self._jinja.render(_messages(turns), generation_prompt)
 
     def _mark(self, conversation: Conversation) -> Marked:
-        turns = self.turns(conversation)
         if self._as_it_is(conversation):
-            mark, (content,) = self.tokenizer.guard([turns[0].content])
-            bos = self._special.get("bos_token")
-            start = bos if isinstance(bos, str) else ""
-            text = start + content + self._document_end()
-            return Marked(text, mark, ((len(start), len(text)),))
+            return self._mark_plain(conversation.turns[0].content)
+        turns = self._layout.arrange(conversation)
         mark, contents = self.tokenizer.guard([turn.content for turn in turns], edges=self._edges)
-        turns = _with_contents(turns, contents)
-        whole = self._render(turns, False)
+        messages: list[Message] = [
+            {"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)
+        ]
+        whole = self._jinja.render(messages, False)
+        if not whole.isascii():
+            _check_encodable(whole)
         trained = [i for i, turn in enumerate(turns) if turn.train]
-        return Marked(whole, mark, tuple(self._span(turns, i, whole) for i in trained))
+        if self.train_on == "last":
+            trained = trained[-1:]
+        if self.train_on != "all":
+            return Marked(whole, mark, [self._span(messages, i, whole) for i in trained])
+        spans = []
+        for i in trained:  # everything is trained, but prompts are still cut from answers where that can be done
+            with suppress(DataError):
+                spans.append(self._span(messages, i, whole))
+        return Marked(whole, mark, spans)
+
+    def _mark_plain(self, content: str) -> Marked:
+        if not content.isascii():
+            _check_encodable(content)
+        mark, (content,) = self.tokenizer.guard([content])
+        bos = self._special.get("bos_token")
+        start = bos if isinstance(bos, str) else ""
+        text = start + content + self._document_end()
+        return Marked(text, mark, ((len(start), len(text)),))
 
     def _as_it_is(self, conversation: Conversation) -> bool:
         return conversation.plain and not self._layout.takes_plain
@@ -159,38 +202,35 @@ class Template:
         own = self.tokenizer.eos_token
         return own if own is not None and own in self.tokenizer.controls else self._end_text
 
-    def _span(self, turns: Sequence[Turn], i: int, whole: str) -> tuple[int, int]:
-        before = self._render(turns[:i], True)
-        upto = whole if i == len(turns) - 1 else self._render(turns[: i + 1], False)
-        remedy = "mark the turn train: false, or use another template, such as alpaca"
+    def _span(self, messages: Sequence[Message], i: int, whole: str) -> tuple[int, int]:
+        before = self._jinja.render(messages[:i], True)
+        upto = whole if i == len(messages) - 1 else self._jinja.render(messages[: i + 1], False)
         if not upto.startswith(before):
             reason = "the chat template does not begin the answer as it prompts for it"
-            raise DataError(f"turn {i + 1} has no honest mask: {reason}", remedy)
+            raise DataError(f"turn {i + 1} has no honest mask: {reason}", _REMEDY)
         at = upto.find(self._end_text, len(before))
         if at < 0:
-            raise DataError(f"the chat template writes no {self._end_text} after turn {i + 1}", remedy)
+            raise DataError(f"the chat template writes no {self._end_text} after turn {i + 1}", _REMEDY)
         end = at + len(self._end_text)
-        if whole[:end] != upto[:end]:
+        if upto is not whole and not whole.startswith(upto[:end]):
             reason = "the chat template rewrites it once later turns follow"
-            raise DataError(f"turn {i + 1} has no honest mask: {reason}", remedy)
+            raise DataError(f"turn {i + 1} has no honest mask: {reason}", _REMEDY)
         return len(before), end
 
-    def _check(self, conversation: Conversation, row: Marked, found: Encoded) -> None:
-        trained_ends = int(((found.labels == self.end_of_turn) | (found.labels == self._plain_end_id)).sum())
-        if trained_ends < len(row.spans):
-            message = f"{len(row.spans) - trained_ends} answers of the row end without a trained end-of-turn token"
-            raise DataError(f"{conversation.source}: {message}", "use another template; such a model would never stop")
-        bos = self.tokenizer.bos_id
-        if bos is None or bos in self.stop_ids:  # where one token serves as both, its count says nothing
-            return
-        count = int((found.ids == bos).sum())
-        if count > 1 or (count == 0 and self.tokenizer.adds_bos):
-            message = f"the template writes the beginning-of-text token {count} times"
-            raise DataError(f"{conversation.source}: {message}", "correct it: once, at the beginning")
+    @cached_property
+    def _rules(self) -> Rules:
+        tokenizer = self.tokenizer
+        ends = (self.end_of_turn, tokenizer.controls[self._document_end()])
+        # Where one token serves as BOS and as end, its count says nothing.
+        bos = None if tokenizer.bos_id in self.stop_ids else tokenizer.bos_id
+        return Rules(ends, bos, tokenizer.adds_bos, self.train_on == "all")
 
-    @property
-    def _plain_end_id(self) -> int:
-        return self.tokenizer.controls[self._document_end()]
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides ids and labels, but for the tokenizer, which has its own."""
+        special = sorted(self._special.items())
+        parts = (_VERSION, self.name, self.train_on, self.chat_template_source, special, TEMPLATE_DATE.isoformat())
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def _find_end_of_turn(self) -> str:
         """The text of the first control token after an answer, found by rendering one."""
@@ -214,88 +254,35 @@ def _probe() -> tuple[Turn, ...]:
     return Turn("user", _PROBE), Turn("assistant", _PROBE)
 
 
+def _messages(turns: Sequence[Turn]) -> list[Message]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
 def _with_contents(turns: Sequence[Turn], contents: Sequence[str]) -> tuple[Turn, ...]:
     return tuple(Turn(turn.role, content, turn.train) for turn, content in zip(turns, contents, strict=True))
 
 
-def _at(conversation: Conversation, error: DataError) -> DataError:
-    return DataError(f"{conversation.source}: {error.message}", error.remedy)
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        reason = f"the row's text holds half of a UTF-16 pair (U+{ord(text[error.start]):04X})"
+        raise DataError(reason, "write the file again in UTF-8; what made it cut a character in two") from error
 
 
-def _own_end(tokenizer: ChatTokenizer) -> None:
-    if tokenizer.eos_token is None:
-        raise DataError(
-            f"the tokenizer in {tokenizer.folder} has no end token, so an answer could not be ended",
-            "set eos_token in its tokenizer_config.json",
-        )
-
-
-def _model(tokenizer: ChatTokenizer) -> _Layout:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"`template: model`, but the model in {tokenizer.folder} has no chat template (a base model?)",
-            'set `template: alpaca`, a text such as "Q: {question}\\nA: {answer}", or take its Instruct version',
-        )
-    return _Layout(tokenizer.chat_template, lambda conversation: conversation.turns)
-
-
-def _alpaca(tokenizer: ChatTokenizer) -> _Layout:
-    _own_end(tokenizer)
-
-    def arrange(conversation: Conversation) -> tuple[Turn, ...]:
-        instruction, given = (conversation.fields.get(key, "") for key in ("instruction", "input"))
-        joined = f"{instruction}\n\n{given}"  # how formats.py writes a row with an input as one turn
-        if not given.strip() or conversation.turns[-2].content != joined:
-            return conversation.turns
-        content = instruction + ALPACA_INPUT + given
-        return tuple(Turn("user", content) if turn.role == "user" else turn for turn in conversation.turns)
-
-    return _Layout(alpaca_source(tokenizer.bos_id is not None), arrange)
-
-
-def _plain(tokenizer: ChatTokenizer) -> _Layout:
-    _own_end(tokenizer)
-    return _Layout(plain_source(tokenizer.bos_id is not None), lambda conversation: conversation.turns)
-
-
-def _custom(text: str, tokenizer: ChatTokenizer) -> _Layout:
-    _own_end(tokenizer)
-    template = parse_text_template(text)
-    if tokenizer.control_pattern.search(template.inner_literals):
-        reason = f"the text template has a special token between its fields: {template.inner_literals!r}"
-        raise RecipeError([Problem("template", None, reason, "only before the first field or after the last but one")])
-    bos = tokenizer.special.get("bos_token")
-    writes_bos = isinstance(bos, str) and not template.before.startswith(bos)
-
-    def arrange(conversation: Conversation) -> tuple[Turn, ...]:
-        missing = [name for name in template.fields if name not in conversation.fields]
-        if missing:
-            has = ", ".join(conversation.fields) or "none that are text"
-            names = ", ".join(f"{{{name}}}" for name in missing)
-            raise DataError(f"the template names {names}, which the row lacks; it has {has}", "correct `template`")
-        if not conversation.fields[template.answer].strip():
-            raise DataError(f"the answer {{{template.answer}}} is empty", "correct or remove the row")
-        user = Turn("user", template.user_content(conversation.fields))
-        return user, Turn("assistant", conversation.fields[template.answer], train=True)
-
-    return _Layout(template.jinja(writes_bos), arrange, takes_plain=True)
-
-
-TEMPLATES: Mapping[str, Callable[[ChatTokenizer], _Layout]] = {"model": _model, "alpaca": _alpaca, "text": _plain}
-"""Name -> layout. `text` is for rows of plain text, and is what `model` becomes where all rows are such."""
-
-
-def make_template(name_or_text: str, tokenizer: ChatTokenizer) -> Template:
-    """The template a recipe names: model, alpaca, or a text with {fields} whose last field is the answer.
+def make_template(name_or_text: str, tokenizer: ChatTokenizer, train_on: TrainOn = "completions") -> Template:
+    """The template a recipe names (see templates.py), or a text with {fields} whose last field is the answer.
 
     Raises:
-        DataError: `model` where the model has no chat template, or a template that never ends an answer.
+        DataError: the template cannot be used with this model: `model` where it has no chat template, a named one whose
+            tokens the tokenizer lacks, or one that never ends an answer.
         RecipeError: no such name, or a text that cannot be read.
     """
     if name_or_text in TEMPLATES:
-        return Template(name_or_text, TEMPLATES[name_or_text](tokenizer), tokenizer)
+        return Template(name_or_text, TEMPLATES[name_or_text](tokenizer), tokenizer, train_on)
     if "{" in name_or_text:
-        return Template(name_or_text, _custom(name_or_text, tokenizer), tokenizer)
+        return Template(name_or_text, text_layout(name_or_text, tokenizer), tokenizer, train_on)
     near = difflib.get_close_matches(name_or_text, TEMPLATES, n=1)
-    remedy = f"did you mean {near[0]}?" if near else 'model, alpaca, or a text such as "Q: {question}\\nA: {answer}"'
+    named = ", ".join(name for name in TEMPLATES if name != "text")
+    remedy = f"did you mean {near[0]}?" if near else f'{named}, or a text such as "Q: {{question}}\\nA: {{answer}}"'
     raise RecipeError([Problem("template", None, f"there is no template {name_or_text!r}", remedy)])

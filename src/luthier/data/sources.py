@@ -1,37 +1,241 @@
-"""From files to conversations, with every bad row reported at once.
+"""From a recipe's `data` to conversations: what it names is opened, and rows are read one at a time.
 
-A file is read line by line (JSONL: one JSON object a line, UTF-8, with or without a byte-order mark, LF or CRLF, blank
-lines skipped) and never held whole. Nothing is guessed into shape: a row that cannot be used is a problem with its
-file, line and reason, and all of them come in one `DataError`.
+    open_sources    files, folders, bundled sets and hub data sets -> `OpenSource`s, their format recognised
+    OpenSource.rows every row in order: a conversation, or what is wrong with the row (`BadRow`)
+
+Nothing is guessed into shape and nothing is skipped: a row that cannot be used comes out with its file, line, column,
+reason and remedy, in its place. Memory is constant, whatever the size of the file.
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import orjson
 
 from luthier.data.conversation import Conversation, Source
-from luthier.data.formats import FORMATS, Format, Record, RowError, nearest_format, recognise
+from luthier.data.folders import expand_bundled, files_of, open_error
+from luthier.data.formats import FORMATS, Fields, RowError
+from luthier.data.hub import is_hub_id, open_hub
+from luthier.data.problems import BadRow, RowProblem
+from luthier.data.rawrow import Broken, Fault, RawRow, Read, as_text
+from luthier.data.readers import reader_of
+from luthier.data.recognise import format_of, recognise, renamed
+from luthier.data.turns import kind_of
 from luthier.errors import DataError, Problem
-from luthier.recipe.schema import BUNDLED_DATA, DataSource
+from luthier.recipe.schema import DataSource
 
-__all__ = ["SHOWN_PROBLEMS", "SourceRows", "expand_bundled", "read_records", "read_sources"]
+__all__ = ["SHOWN_PROBLEMS", "OpenSource", "SourceRows", "expand_bundled", "open_sources", "read_sources"]
 
 SHOWN_PROBLEMS = 20
 """How many bad rows an error lists; the rest is counted."""
 
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"PAR1": "Parquet", b"PK\x03\x04": "a zip archive"}
-_BOM = b"\xef\xbb\xbf"
+_LOOKED_AT = 20
+"""Good rows by which a format is recognised."""
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """One file, or one data set of the hub, that can be read again and again.
+
+    Attributes:
+        recipe: what the recipe says of it; `path` is this file's.
+        path: the same.
+        format: a name in `FORMATS`.
+        recognised: the kind of file, and how the format was known, in words.
+        notes: what a reader of the report would not expect.
+    """
+
+    recipe: DataSource
+    path: str
+    format: str
+    recognised: str
+    read: Read = field(repr=False)
+    notes: tuple[str, ...] = ()
+    version: str | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the content: of the file's bytes as they lie on disk; of a hub data set's name and version.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        found = hashlib.sha256()
+        if self.version is not None:
+            found.update(self.version.encode())
+            return found.hexdigest()
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while block := file.read(_BLOCK):
+                    found.update(block)
+        except OSError as error:
+            raise open_error(self.path, error) from error
+        return found.hexdigest()
+
+    def rows(self, start: int = 0) -> Iterator[Conversation | BadRow]:
+        """Every row in order, from the one with ordinal `start` on (from 0). Blank lines are no rows.
+
+        Raises:
+            DataError: the file cannot be read: it is gone, or the disk fails.
+        """
+        path, mapping = self.path, self.recipe.fields
+        parse, make = FORMATS[self.format].read, tuple.__new__  # half the time of calling a named tuple's class
+        row, line = start, 0
+        try:
+            for raw in self.read(path, start):
+                line, _, value, _ = raw
+                if value.__class__ is dict:
+                    if mapping:
+                        value = renamed(value, mapping)
+                    try:
+                        yield parse(value, make(Source, (path, line)))
+                    except RowError as error:
+                        yield self._refused(raw, row, error)
+                else:
+                    yield self._unreadable(raw, row)
+                row += 1
+        except Broken as error:
+            yield from self._broken(row, line, error, start)
+        except OSError as error:
+            raise open_error(path, error) from error
+
+    def _broken(self, row: int, line: int, error: Broken, start: int) -> Iterator[BadRow]:
+        """The row at which the file breaks off, unless that is before `start`."""
+        if row == start > 0:  # nothing was read but what was to be skipped, uncounted
+            row = line = 0
+            with suppress(Broken):
+                for line, *_ in self.read(self.path, 0):
+                    row += 1
+        if row >= start:
+            yield BadRow(RowProblem(self.path, line + 1, None, row, error.reason, error.remedy), "")
+
+    def _refused(self, raw: RawRow, row: int, error: RowError) -> BadRow:
+        """A row that is not of the file's format."""
+        line, column, fields, text = raw
+        shown = orjson.dumps(fields, default=str, option=orjson.OPT_NON_STR_KEYS) if text is None else text
+        if error.key is not None:
+            line, column = _place_of(self.recipe.fields.get(error.key, error.key), error.occurrence, raw)
+        place = (self.path, line, None if text is None else column, row)
+        fitting = recognise(list(renamed(fields, self.recipe.fields)))  # type: ignore[arg-type]  # a dict, see rows
+        remedy = error.remedy
+        if fitting and self.format not in fitting:
+            remedy = f"the row looks like {fitting[0]}, this file is read as {self.format}: put it into another file"
+        return BadRow(RowProblem(*place, error.reason, remedy), as_text(shown).rstrip("\r\n"))
+
+    def _unreadable(self, raw: RawRow, row: int) -> BadRow:
+        """A row that is no JSON, no whole row of a table, or no object."""
+        first_line, first_column, value, found = raw
+        text = as_text(b"" if found is None else found).rstrip("\r\n")
+        if isinstance(value, Fault):
+            reason, remedy, line, column = value
+            return BadRow(RowProblem(self.path, line, column, row, reason, remedy), text)
+        kind = "a list" if isinstance(value, list) else f"{kind_of(value)} ({text.strip()[:20]})"
+        reason = f"a row must be a JSON object, not {kind}"
+        remedy = 'write its values under keys, such as {"question": …, "answer": …}'
+        return BadRow(RowProblem(self.path, first_line, first_column, row, reason, remedy), text)
+
+
+def _place_of(key: str, occurrence: int, raw: RawRow) -> tuple[int, int]:
+    """Line and column of a key in its row, where the row writes it out; else of the row."""
+    line, column, _, found_text = raw
+    text = found_text.decode("utf-8", errors="replace") if isinstance(found_text, bytes) else found_text or ""
+    found = list(islice(re.finditer(rf'(?<!\\)"{re.escape(key)}"\s*:', text), occurrence + 1))
+    if not found:
+        return line, column
+    before = text[: found[-1].start()]
+    lines = before.count("\n")
+    return line + lines, len(before) - before.rfind("\n") if lines else column + len(before)
+
+
+def open_sources(sources: Sequence[DataSource]) -> tuple[OpenSource, ...]:
+    """Everything that a recipe's `data` names, ready to be read. Only the first rows are looked at.
+
+    Raises:
+        DataError: files or data sets are missing, unreadable, empty or of no known format: all of them at once.
+    """
+    if not sources:
+        raise DataError("the recipe names no data", "add `data: rows.jsonl` to it")
+    opened: list[OpenSource] = []
+    failed: list[tuple[str, DataError]] = []
+    for source in expand_bundled(sources):
+        try:
+            files, note = ([source.path], None) if is_hub_id(source.path) else files_of(source.path)
+        except DataError as error:
+            failed.append((source.path, error))
+            continue
+        for file in files:
+            try:
+                found = _open(source.model_copy(update={"path": file}))
+            except DataError as error:
+                failed.append((file, error))
+                continue
+            opened.append(found if note is None else replace(found, notes=(note,)))
+            note = None  # said once for a folder
+    if len(failed) == 1:
+        raise failed[0][1]
+    if failed:
+        problems = [
+            Problem(path, None, error.message.removeprefix(f"{path}: "), error.remedy) for path, error in failed
+        ]
+        shown = f"; the first {SHOWN_PROBLEMS} are" if len(failed) > SHOWN_PROBLEMS else ""
+        message = f"{len(failed)} files or data sets cannot be used{shown}:"
+        raise DataError(message, "correct these or take them out of `data`", problems[:SHOWN_PROBLEMS])
+    return tuple(opened)
+
+
+def _open(source: DataSource) -> OpenSource:
+    """The source, once its format is known.
+
+    Raises:
+        DataError: it cannot be read or used at all.
+    """
+    path = source.path
+    version = None
+    try:
+        if is_hub_id(path):
+            kind, read, version = open_hub(source)
+        else:
+            kind, read = reader_of(path, tuple(source.fields.values()))
+        name, how = _recognised(source, read)
+    except OSError as error:
+        raise open_error(path, error) from error
+    except Broken as error:
+        raise DataError(f"{path}: {error.reason}", error.remedy) from error
+    if kind == "a text file" and name != "text":
+        raise DataError(f"{path} is a text file: one row of format text, not of {name}", "take `format` out")
+    return OpenSource(source, path, name, f"{kind}, {how}", read, version=version)
+
+
+def _recognised(source: DataSource, read: Read) -> tuple[str, str]:
+    """The format of the rows, and how it was known, by the first rows that are objects."""
+    looked_at: list[Fields] = []
+    where, rows = "", 0
+    try:
+        for line, _, value, _ in read(source.path, 0):
+            rows += 1
+            if isinstance(value, dict):
+                where = where or str(Source(source.path, line))
+                looked_at.append(value)
+                if len(looked_at) == _LOOKED_AT:
+                    break
+    except Broken:  # reading all of it tells; here what came before is enough
+        rows += 1
+    if rows == 0:
+        raise DataError(f"{source.path} is empty", 'write one JSON object a line, such as {"question": …, "answer": …}')
+    if not looked_at:  # every row will be refused, with its own reason
+        return ("text" if source.format == "auto" else source.format), "but no row of it can be read"
+    return format_of(source, where, looked_at)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRows:
-    """What one source of the recipe gave: its conversations, the format they were read as, and how it was known."""
+    """What one source gave when it was read whole: its conversations, its format, and how that was known."""
 
     source: DataSource
     format: str
@@ -39,186 +243,26 @@ class SourceRows:
     conversations: tuple[Conversation, ...]
 
 
-def expand_bundled(sources: Sequence[DataSource]) -> tuple[DataSource, ...]:
-    """Put the files of a bundled data set in the place of its name.
-
-    A bundled set comes with its own split. With `split: eval` (say) only that part of it is taken.
-    """
-    expanded: list[DataSource] = []
-    for source in sources:
-        if source.path not in BUNDLED_DATA:
-            expanded.append(source)
-            continue
-        folder = Path(str(resources.files("luthier"))) / "assets" / "data" / source.path
-        for split in ("train", "eval", "test"):
-            if source.split in ("all", split):
-                path = str(folder / f"{split}.jsonl")
-                expanded.append(source.model_copy(update={"path": path, "split": split}))
-    return tuple(expanded)
-
-
-def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a JSONL file, one at a time.
-
-    Raises:
-        DataError: the file is missing, unreadable, empty or not JSONL; after the last good record, one error that
-            lists the lines that are not JSON objects.
-    """
-    problems: list[Problem] = []
-    for found in _scan(Path(path)):
-        if isinstance(found, Problem):
-            problems.append(found)
-        else:
-            yield found
-    if problems:
-        raise _rows_error(problems, None)
-
-
 def read_sources(sources: Sequence[DataSource]) -> tuple[SourceRows, ...]:
-    """Read all sources of a recipe (bundled names included) into conversations.
+    """All rows of a recipe's `data` in memory: for small sets and for tests.
 
     Raises:
-        DataError: a file cannot be read, is empty or of no known format; or rows are bad: all of them, over all files.
+        DataError: a source cannot be used; or rows cannot: all of them, over all files.
     """
-    if not sources:
-        raise DataError("the recipe names no data", "add `data: rows.jsonl` to it")
-    problems: list[Problem] = []
     loaded: list[SourceRows] = []
-    rows = 0
-    for source in expand_bundled(sources):
-        found = list(_scan(Path(source.path)))
-        rows += len(found)
-        records = [_renamed(item, source) for item in found if isinstance(item, Record)]
-        problems += [item for item in found if isinstance(item, Problem)]
-        if not records:
-            continue
-        name, how = _format_of(source, records)
-        conversations, bad = _convert(FORMATS[name], name, records)
-        problems += bad
-        loaded.append(SourceRows(source, name, how, conversations))
-    if problems:
-        raise _rows_error(problems, rows)
-    return tuple(loaded)
-
-
-def _rows_error(problems: Sequence[Problem], rows: int | None) -> DataError:
-    count = f"{len(problems)}" + (f" of {rows}" if rows is not None else "")
-    shown = f"; the first {SHOWN_PROBLEMS} are" if len(problems) > SHOWN_PROBLEMS else ""
-    return DataError(
-        f"{count} row{'s' if (rows or len(problems)) != 1 else ''} cannot be used{shown}:",
-        "correct or remove these rows and run again",
-        problems[:SHOWN_PROBLEMS],
-    )
-
-
-def _open_error(path: Path, error: OSError | None = None) -> DataError:
-    if path.is_dir():
-        return DataError(f"{path} is a folder, not a file", "name the JSONL file inside it")
-    if error is not None and path.exists():
-        return DataError(f"{path} cannot be read: {error.strerror}", "check who may read it (ls -l)")
-    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, [*names, *BUNDLED_DATA], n=1)
-    where = "" if path.parent.is_dir() else f"; its folder {path.parent} does not exist either"
-    meant = f"did you mean {near[0]}?" if near else f"give a JSONL file, or a bundled set: {', '.join(BUNDLED_DATA)}"
-    return DataError(f"there is no file {path}{where}", meant)
-
-
-def _scan(path: Path) -> Iterator[Record | Problem]:
-    """Each row of the file as a record, or as what is wrong with its line."""
-    if not path.is_file():
-        raise _open_error(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-            for magic, kind in _MAGIC.items():
-                if start.startswith(magic):
-                    raise DataError(f"{path} is {kind}; data is read from plain JSONL", "unpack or convert it first")
-            file.seek(0)
-            rows = 0
-            for number, line in enumerate(file, 1):
-                line = (line.removeprefix(_BOM) if number == 1 else line).strip()
-                if not line:
-                    continue
-                rows += 1
-                found = _parse(line, str(path), number)
-                if rows == 1 and isinstance(found, Problem) and line.startswith(b"["):
-                    raise _array_error(path)
-                yield found
-    except OSError as error:
-        raise _open_error(path, error) from error
-    if rows == 0:
-        raise DataError(f"{path} is empty", 'write one JSON object a line, such as {"question": …, "answer": …}')
-
-
-def _array_error(path: Path) -> DataError:
-    remedy = f"convert it: jq -c '.[]' {path.name} > {path.stem}.jsonl"
-    return DataError(f"{path}:1: the file is one JSON array; a row must be one object on one line (JSONL)", remedy)
-
-
-def _parse(line: bytes, file: str, number: int) -> Record | Problem:
-    try:
-        value: object = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return Problem(file, number, f"not JSON: {error.msg} (column {error.colno})")
-    if not isinstance(value, dict):
-        kind = "a list" if isinstance(value, list) else f"the value {line[:20].decode(errors='replace')}"
-        return Problem(file, number, f"a row must be a JSON object, not {kind}")
-    return Record(Source(file, number), value)
-
-
-def _renamed(record: Record, source: DataSource) -> Record:
-    """The record with its columns under the format's names: `source.fields` is {the format's name: the file's}."""
-    if not source.fields:
-        return record
-    renamed = {key: value for key, value in record.fields.items() if key not in source.fields.values()}
-    for ours, theirs in source.fields.items():  # a mapped column wins over one that happens to have the name already
-        if theirs in record.fields:
-            renamed[ours] = record.fields[theirs]
-    return replace(record, fields=renamed)
-
-
-def _formats_in_words() -> str:
-    return "\n".join(f"    {name + ':':<19}{form.keys}   ({form.about})" for name, form in FORMATS.items())
-
-
-def _format_of(source: DataSource, records: Sequence[Record]) -> tuple[str, str]:
-    """The format's name, and in words how it was known."""
-    for ours in source.fields:
-        if not any(ours in record.fields for record in records):
-            theirs = source.fields[ours]
-            near = difflib.get_close_matches(theirs, list(records[0].fields), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(sorted(records[0].fields))}"
-            raise DataError(f"{source.path}: `fields` takes {ours} from {theirs!r}, a key that no row has", hint)
-    if source.format != "auto":
-        return source.format, "as the recipe says"
-    keys = list(records[0].fields)
-    fitting = recognise(keys)
-    if fitting:
-        also = f"; {' and '.join(fitting[1:])} would fit too" if len(fitting) > 1 else ""
-        return fitting[0], f"recognised by {' and '.join(FORMATS[fitting[0]].required)}{also}"
-    shown = ", ".join(sorted(keys)) or "none"
-    message = f"{records[0].source}: no format has these keys: {shown}\n  the formats are\n{_formats_in_words()}"
-    raise DataError(message, _mapping_hint(keys))
-
-
-def _mapping_hint(keys: Sequence[str]) -> str:
-    near = nearest_format(keys)
-    if near is None:
-        return "say which of your keys is which: data: [{path: …, fields: {question: your-key, answer: another}}]"
-    name, guessed = near
-    unknown = {key: "your-key" for key in FORMATS[name].required if key not in keys}
-    mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in (unknown | guessed).items())
-    return f"nearest is {name}: say which of your keys is which, data: [{{path: …, fields: {{{mapping}}}}}]"
-
-
-def _convert(form: Format, name: str, records: Sequence[Record]) -> tuple[tuple[Conversation, ...], list[Problem]]:
-    conversations: list[Conversation] = []
     problems: list[Problem] = []
-    for record in records:
-        try:
-            conversations.append(form(record))
-        except RowError as error:
-            other = next(iter(recognise(list(record.fields))), name)
-            hint = f"the row looks like {other}; this file is read as {name}" if other != name else None
-            problems.append(Problem(record.source.file, record.source.line, str(error), hint))
-    return tuple(conversations), problems
+    count = 0
+    for opened in open_sources(sources):
+        rows = list(opened.rows())
+        count += len(rows)
+        problems += [row.problem.as_problem() for row in rows if isinstance(row, BadRow)]
+        good = tuple(row for row in rows if isinstance(row, Conversation))
+        loaded.append(SourceRows(opened.recipe, opened.format, opened.recognised, good))
+    if problems:
+        shown = f"; the first {SHOWN_PROBLEMS} are" if len(problems) > SHOWN_PROBLEMS else ""
+        raise DataError(
+            f"{len(problems)} of {count} row{'s' if count != 1 else ''} cannot be used{shown}:",
+            "correct or remove these rows and run again",
+            problems[:SHOWN_PROBLEMS],
+        )
+    return tuple(loaded)

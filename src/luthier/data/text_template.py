@@ -1,4 +1,4 @@
-"""`alpaca` and texts with {fields}: each becomes a chat template, and that is what trains, chats and is exported.
+"""Texts with {fields} as templates: each becomes a chat template, and that is what trains, chats and is exported.
 
 A text template such as `Q: {question}\\nHint: {hint}\\nA: {answer}` has three parts:
 
@@ -8,30 +8,18 @@ A text template such as `Q: {question}\\nHint: {hint}\\nA: {answer}` has three p
     answer   `{answer}`                             the last field; trained, and the end-of-turn token after it
 
 The prompt is what a user says in a chat, so the same model can be chatted with afterwards: its jinja source writes
-before + content + after for a user's turn and content + end of turn for an assistant's.
-
-Alpaca's prompt: Taori et al. 2023, Stanford Alpaca, with and without an input.
+before + content + after for a user's turn and content + end of turn for an assistant's (templates.py).
 """
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from luthier.errors import Problem, RecipeError
 
-__all__ = ["ALPACA_INPUT", "TextTemplate", "alpaca_source", "parse_text_template", "plain_source"]
-
-ALPACA_PLAIN = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-ALPACA_PAIRED = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
-ALPACA_INPUT = "\n\n### Input:\n"
+__all__ = ["TextTemplate", "parse_text_template"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +45,6 @@ class TextTemplate:
     def user_content(self, fields: Mapping[str, str]) -> str:
         """The prompt part filled in: what a user says. Missing fields raise KeyError."""
         return "".join(literal + fields[name] for literal, name in self.prompt)
-
-    def jinja(self, bos: bool) -> str:
-        """The chat template that writes the same text."""
-        user = f"{_quoted(self.before)} + message['content'] + {_quoted(self.after)}"
-        return _source(bos, f"message['content'] + {_quoted(chr(10) * 2)}", user)
 
 
 def _refuse(reason: str, remedy: str) -> RecipeError:
@@ -104,35 +87,3 @@ def parse_text_template(text: str) -> TextTemplate:
         return TextTemplate(text, before, (), "", fields[0])
     prompt = tuple(zip(["", *between[:-1]], fields[:-1], strict=True))
     return TextTemplate(text, before, prompt, between[-1], fields[-1])
-
-
-def _quoted(text: str) -> str:
-    """A jinja string literal. JSON's escapes are jinja's; non-ASCII stays as it is for other jinja readers."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _source(bos: bool, system: str, user: str) -> str:
-    return (
-        ("{{ bos_token }}" if bos else "") + "{% for message in messages %}"
-        "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-        f"{{% elif message['role'] == 'system' %}}{{{{ {system} }}}}"
-        f"{{% else %}}{{{{ {user} }}}}{{% endif %}}{{% endfor %}}"
-    )
-
-
-def plain_source(bos: bool) -> str:
-    """The chat template of rows of plain text: a user's text is the beginning that the model continues."""
-    return _source(bos, "message['content']", "message['content']")
-
-
-def alpaca_source(bos: bool) -> str:
-    """Alpaca's prompt as a chat template.
-
-    The first user turn is opened by the preamble (a system turn takes its place). A turn with `### Input:` in it gets
-    the preamble for a task with an input, which is how rows that have one are written.
-    """
-    paired = f"{_quoted(ALPACA_INPUT)} in message['content']"
-    preamble = f"({_quoted(ALPACA_PAIRED)} if {paired} else {_quoted(ALPACA_PLAIN)})"
-    opening = f"({preamble} if loop.first else '')"
-    before, after = _quoted("\n\n### Instruction:\n"), _quoted("\n\n### Response:\n")
-    return _source(bos, "message['content']", f"{opening} + {before} + message['content'] + {after}")

@@ -15,23 +15,45 @@ The result is what the tokenizer makes of each text between the template's contr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from luthier.data.conversation import Turn
 from luthier.data.jinja_chat import render_chat
 from luthier.errors import DataError, ModelError
 
-__all__ = ["ChatTokenizer", "load_tokenizer"]
+__all__ = ["ChatTokenizer", "Guarded", "Tokens", "load_tokenizer"]
+
+Guarded: TypeAlias = tuple[str, str]
+"""A text rendered from guarded contents, and the mark that `guard` gave."""
 
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xF1000))
 """Code points that Unicode gives no meaning to: where a mark is taken from."""
+
+_Tree: TypeAlias = dict[str, "_Tree"]
+
+
+class Tokens(Protocol):
+    """What encoding gave. `ids` is a new list at each access."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    ids: list[int]
 
 
 class ChatTokenizer:
@@ -110,6 +132,19 @@ class ChatTokenizer:
         """Ids of each text, control tokens taken for what they are; in parallel."""
         return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def tokens(self, texts: Sequence[Guarded]) -> Sequence[Tokens]:
+        """The tokens of texts rendered from guarded contents; in parallel, and Python is free meanwhile."""
+        if not any(mark for _, mark in texts):
+            return self._backend.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
+        unmarked = [i for i, (_, mark) in enumerate(texts) if not mark]
+        guarded = [i for i, (_, mark) in enumerate(texts) if mark]
+        twin, secret_of, id_of = self._twin
+        found: dict[int, Tokens] = dict(zip(unmarked, self.tokens([texts[i] for i in unmarked]), strict=True))
+        told = [self._told(*texts[i], secret_of) for i in guarded]
+        for i, tokens in zip(guarded, twin.encode_batch_fast(told, add_special_tokens=False), strict=True):
+            found[i] = _Plain([id_of.get(number, number) for number in tokens.ids])
+        return [found[i] for i in range(len(texts))]
+
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
         """The turns as the model's own chat template writes them.
 
@@ -122,23 +157,47 @@ class ChatTokenizer:
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Matches any control token, the longest first."""
-        longest_first = sorted(self.controls, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        """Matches any control token, the longest one there is at a place."""
+        return re.compile(_any_of(self.controls) if self.controls else "(?!)")
+
+    @cached_property
+    def _control_starts(self) -> tuple[str, ...]:
+        """The two characters that control tokens begin with: a text with none of them holds no control token."""
+        return tuple(sorted({text[:2] for text in self.controls}))
+
+    def _have_controls(self, texts: Sequence[str]) -> bool:
+        for start in self._control_starts:  # a plain search each; hardly any text comes to the pattern
+            for text in texts:
+                if start in text and self.control_pattern.search(text):
+                    return True
+        return False
+
+    @cached_property
+    def is_control(self) -> NDArray[np.bool_]:
+        """For each id, whether it is a control token's."""
+        found = np.zeros(max(self._backend.get_vocab(with_added_tokens=True).values()) + 1, dtype=np.bool_)
+        found[list(self.controls.values())] = True
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides ids: the tokenizer's own file, its control tokens, their names."""
+        settings = (sorted(self.controls.items()), sorted(self.special.items()), self.eos_ids)
+        return hashlib.sha256(f"{self._backend.to_str()}{settings}".encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
         """The ids of the control tokens."""
         return frozenset(self.controls.values())
 
-    def guard(self, contents: Sequence[str], *, edges: bool = False) -> tuple[str, list[str]]:
+    def guard(self, contents: Sequence[str], *, edges: bool = False) -> tuple[str, Sequence[str]]:
         """Break the control tokens in `contents`: the mark ("" where there was nothing to break), the new contents.
 
         With `edges` every content gets a mark at both ends too: for a template that puts contents where they
         could make a control token with its own text or with each other (`<{title}>`), see `completable`.
         """
-        if not edges and not any(self.control_pattern.search(content) for content in contents):
-            return "", list(contents)
+        if not edges and not self._have_controls(contents):
+            return "", contents
         used = set().union(*contents)
         mark = next((chr(point) for point in _PRIVATE if chr(point) not in used), "")
         if not mark:
@@ -148,7 +207,7 @@ class ChatTokenizer:
 
     def _broken(self, content: str, mark: str) -> str:
         # Again until nothing is left: breaking one token can leave another that overlapped it.
-        while self.control_pattern.search(content):
+        while self._have_controls((content,)):
             content = self.control_pattern.sub(lambda found: found[0][0] + mark + found[0][1:], content)
         return content
 
@@ -168,11 +227,11 @@ class ChatTokenizer:
 
     def encode_guarded(self, text: str, mark: str) -> list[int]:
         """Ids of a text rendered from guarded contents, with the `mark` that `guard` gave."""
-        if not mark:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        twin, secret_of, id_of = self._twin
-        told = self.control_pattern.sub(lambda found: secret_of[found[0]], text).replace(mark, "")
-        return [id_of.get(number, number) for number in twin.encode(told, add_special_tokens=False).ids]
+        return self.tokens([(text, mark)])[0].ids
+
+    def _told(self, text: str, mark: str, secret_of: Mapping[str, str]) -> str:
+        """A guarded text as the twin reads it."""
+        return self.control_pattern.sub(lambda found: secret_of[found[0]], text).replace(mark, "")
 
     @cached_property
     def _twin(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
@@ -195,6 +254,27 @@ class ChatTokenizer:
         # A token that was in the model's own vocabulary under its old text gets a new id at the end.
         found = {content: twin.token_to_id(content) for content in real}
         return twin, secret_of, {at: real[content] for content, at in found.items() if at is not None}
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A regular expression for any of the words, as a tree of their letters: a hundred alternatives side by side would
+    be tried one after another, wherever the first letters stand."""
+    tree: _Tree = {}
+    for word in words:
+        node = tree
+        for letter in word:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return _expression(tree)
+
+
+def _expression(node: _Tree) -> str:
+    branches = [re.escape(letter) + _expression(below) for letter, below in sorted(node.items()) if letter]
+    if not branches:
+        return ""
+    if len(branches) == 1 and "" not in node:
+        return branches[0]
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in node else "")  # greedy: the longest wins
 
 
 def _eos_ids(folder: Path) -> list[int]:

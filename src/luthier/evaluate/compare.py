@@ -108,7 +108,7 @@ def _question(example: Example, template: Template) -> str:
     return template.tokenizer.decode(example.ids[: example.answer_start].tolist(), skip_special=True).strip()
 
 
-def _held_out(dataset: Dataset, limit: int | None) -> tuple[str, tuple[Example, ...]]:
+def _held_out(dataset: Dataset, limit: int | None) -> tuple[str, Sequence[Example]]:
     split, rows = ("test", dataset.test) if dataset.test else ("eval", dataset.eval)
     if not rows:
         raise DataError("there are no held-out rows to evaluate on", "give split.eval or split.test a share")

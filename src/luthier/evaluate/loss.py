@@ -3,8 +3,9 @@
     loss = (1/n) Σ_i −log p(token_i | tokens before it in its row)        perplexity = exp(loss)
 
 over the n labelled tokens of all rows, each row seen alone, by the same decoder and the same loss operation as in
-training. The sum is kept in float64 and divided once, so neither the order of the rows nor the packing weighs a token
-differently.
+training. An answer's tokens count 1 and others nothing, whatever weights the training rows have: held-out rows carry
+none, so that runs can be compared. The sum is kept in float64 and divided once, so neither the order of the rows nor
+the packing weighs a token differently.
 """
 
 from __future__ import annotations

@@ -52,7 +52,14 @@ class CachedAttention(Protocol):
 
 
 class LinearCrossEntropy(Protocol):
-    def __call__(self, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int | None = None) -> Tensor: ...
+    def __call__(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunk: int | None = None,
+        weights_N: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)

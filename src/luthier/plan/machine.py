@@ -7,6 +7,8 @@ where the weights alone are more than the whole memory: then no setting can make
 
 from __future__ import annotations
 
+from typing import Literal
+
 from luthier.errors import FitError
 from luthier.hardware.device import GIB, Device, Precision
 from luthier.model.config import ModelConfig, parameters, projection_shapes
@@ -154,8 +156,10 @@ def choose_optimizer(recipe: Recipe, trainable: int, device: Device) -> Decision
     return Decision("train.optimizer", "adamw", f"{takes}: {why}.", sources.EIGHT_BIT, rejected)
 
 
-def choose_micro_batch(recipe: Recipe, batch_size: int, max_length: int, device: Device) -> Decision[int]:
-    """The most rows that divide the batch and stay within a number of tokens, if all were as long as the longest."""
+def choose_micro_batch(
+    recipe: Recipe, batch_size: int, max_length: int, device: Device, unit: Literal["row", "pack"] = "row"
+) -> Decision[int]:
+    """The most rows (or packs) that divide the batch and stay within a number of tokens, if all were of full length."""
     asked = recipe.train.micro_batch
     large = device.memory_gib >= _LARGE_GIB
     budget = _TOKENS_AT_ONCE_LARGE if large else _TOKENS_AT_ONCE
@@ -165,8 +169,9 @@ def choose_micro_batch(recipe: Recipe, batch_size: int, max_length: int, device:
         return Decision("train.micro_batch", asked, reason, YOURS)
     fitting = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and rows * max_length <= budget]
     rows = fitting[-1] if fitting else 1
-    reason = f"{rows} × {max_length:,} tokens of the longest row: the most that divide {batch_size} within {most}."
+    longest = "the longest row" if unit == "row" else "a full pack"
+    reason = f"{rows} × {max_length:,} tokens of {longest}: the most that divide {batch_size} within {most}."
     if not fitting:
-        reason = f"One row of {max_length:,} tokens is already more than {most}."
+        reason = f"One {unit} of {max_length:,} tokens is already more than {most}."
     rejected = (f"{batch_size}: up to {batch_size * max_length:,} tokens",) if rows < batch_size else ()
     return Decision("train.micro_batch", rows, reason, sources.MICRO_BATCH, rejected)

@@ -1,28 +1,26 @@
-"""Choices about how long and how often: batch size, epochs and steps, warm-up, evaluations, checkpoints, row length.
+"""Choices about how long and how often: batch size, epochs and steps, warm-up, evaluations, checkpoints.
 
-    steps = ceil(epochs * rows / batch size)
+    steps = ceil(epochs * units / batch size)
 
-The rows are one endless stream, epoch after epoch, and every step takes a whole batch of it (data/batches.py). So an
-epoch need not be a whole number of steps, and only the run's last step may take rows beyond the epochs asked for.
+A unit is a row, or with packing a pack of rows. The units are one endless stream, epoch after epoch, and every step
+takes a whole batch of it (data/batches.py). So an epoch need not be a whole number of steps, and only the run's last
+step may take units beyond the epochs asked for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from luthier.errors import UsageError
-from luthier.model.config import ModelConfig
 from luthier.plan import sources
 from luthier.plan.decision import YOURS, Decision
+from luthier.plan.rows import Epoch
 from luthier.recipe.schema import Recipe
 
 __all__ = [
-    "DataFacts",
     "choose_batch_size",
     "choose_epochs",
     "choose_eval_every",
-    "choose_max_length",
     "choose_save_every",
     "choose_steps",
     "choose_warmup",
@@ -33,77 +31,67 @@ _MOST_EPOCHS = 10
 _EVALUATIONS = 10
 
 
-@dataclass(frozen=True)
-class DataFacts:
-    """What the plan needs to know of the rows. longest: tokens of the longest row; labelled_tokens: of one epoch."""
-
-    train_rows: int
-    eval_rows: int
-    longest: int
-    labelled_tokens: int
-
-
-def choose_batch_size(recipe: Recipe, rows: int) -> Decision[int]:
-    """8, 16 or 32 rows by the size of the data, never more than there are."""
-    asked = recipe.train.batch_size
+def choose_batch_size(recipe: Recipe, epoch: Epoch) -> Decision[int]:
+    """8, 16 or 32 rows by the size of the data, never more than there are; as many packs as hold about so many."""
+    asked, units, rows = recipe.train.batch_size, epoch.units, epoch.rows
     if asked != "auto":
-        reason = f"As you set it: {_steps_each(rows, asked)} per epoch."
-        if asked > rows:
-            reason += f" There are only {rows:,} rows, so each step holds some more than once."
-        if asked > 32:
+        reason = f"As you set it: {_steps_each(epoch, asked)} per epoch."
+        if asked > units:
+            reason += f" There are only {epoch.named(units)}, so each step holds some more than once."
+        if asked * epoch.rows_per_unit > 32:
             reason += " LoRA pays a growing penalty at large batches, which rank does not cure."
             return Decision("train.batch_size", asked, reason, f"{YOURS}; {sources.WITHOUT_REGRET}")
         return Decision("train.batch_size", asked, reason, YOURS)
-    size = min(rows, 8 if rows < 1000 else 16 if rows < 10_000 else 32)
-    rule = "8 below 1,000, 16 below 10,000, else 32" if size < rows else "8, but never more than there are"
-    reason = (
-        f"{rows:,} rows: {rule}. Small, because LoRA loses at large batches. "
-        "Sources conflict on how large is too large."
-    )
+    wanted = 8 if rows < 1000 else 16 if rows < 10_000 else 32
+    size = max(1, min(units, round(wanted / epoch.rows_per_unit)))
+    rule = "8 below 1,000, 16 below 10,000, else 32" if wanted <= rows else "8, but never more than there are"
+    if epoch.packs is not None:
+        rule = f"rows a step are {wanted} by this project's rule, and a pack has {epoch.rows_per_unit:.3g} of them"
+    reason = f"{epoch}: {rule}. Small, because LoRA loses at large batches. Sources conflict on how large is too large."
     rejected = ("128: where Tinker starts", "more than 32: TRL's page says stay below")
     return Decision("train.batch_size", size, reason, sources.WITHOUT_REGRET, rejected)
 
 
-def choose_epochs(recipe: Recipe, rows: int, batch_size: int) -> Decision[float]:
+def choose_epochs(recipe: Recipe, epoch: Epoch, batch_size: int) -> Decision[float]:
     """Three passes, one over many rows, more over few; where steps are given, what they come to."""
     train = recipe.train
-    each = _steps_each(rows, batch_size)
+    each = _steps_each(epoch, batch_size)
     if train.steps is not None:
-        reason = f"What {train.steps:,} steps of {batch_size} rows come to."
-        return Decision("train.epochs", round(train.steps * batch_size / rows, 2), reason, YOURS)
+        reason = f"What {train.steps:,} steps of {epoch.named(batch_size)} come to."
+        return Decision("train.epochs", round(train.steps * batch_size / epoch.units, 2), reason, YOURS)
     if train.epochs != "auto":
         return Decision("train.epochs", train.epochs, f"As you set it: {each} each.", YOURS)
-    usual = 3 if rows <= 50_000 else 1
-    wanted = math.ceil(_ENOUGH_STEPS * batch_size / rows)
+    usual = 3 if epoch.rows <= 50_000 else 1
+    wanted = math.ceil(_ENOUGH_STEPS * batch_size / epoch.units)
     epochs = max(usual, min(wanted, _MOST_EPOCHS))
-    reason = f"{rows:,} rows, {each} each: {usual} is usual for so many."
+    reason = f"{epoch}, {each} each: {usual} is usual for so many."
     if epochs > usual:
         reason = (
-            f"{rows:,} rows make only {each} an epoch: more epochs than the usual {usual}, towards "
+            f"{epoch} make only {each} an epoch: more epochs than the usual {usual}, towards "
             f"{_ENOUGH_STEPS} steps (at most {_MOST_EPOCHS} epochs). The checkpoint of the best held-out loss is kept."
         )
     return Decision("train.epochs", float(epochs), reason, sources.EPOCHS)
 
 
-def choose_steps(recipe: Recipe, rows: int, batch_size: int, epochs: float) -> Decision[int]:
-    """Given, or rows * epochs / batch size, rounded up."""
+def choose_steps(recipe: Recipe, epoch: Epoch, batch_size: int, epochs: float) -> Decision[int]:
+    """Given, or units * epochs / batch size, rounded up."""
     if recipe.train.steps is not None:
         return Decision("train.steps", recipe.train.steps, "As you set it.", YOURS)
-    wanted = round(epochs * rows, 6)  # 0.1 * 30 is a little more than 3
+    wanted = round(epochs * epoch.units, 6)  # 0.1 * 30 is a little more than 3
     steps = max(1, math.ceil(wanted / batch_size))
-    reason = f"{epochs:g} epochs of {rows:,} rows, {batch_size} a step."
+    reason = f"{epochs:g} epochs of {epoch.named(epoch.units)}, {batch_size} a step."
     if steps * batch_size > wanted:
         reason += " The last step is filled up from the epoch after."
     return Decision("train.steps", steps, reason, "arithmetic")
 
 
-def _steps_each(rows: int, batch_size: int) -> str:
+def _steps_each(epoch: Epoch, batch_size: int) -> str:
     """The steps of an epoch, as a person says it: `1 step`, `100.4 steps`, `about 0.16 steps`."""
-    steps = rows / batch_size
+    steps = epoch.units / batch_size
     if steps == 1:
         return "1 step"
     shown = f"{steps:,.1f}".removesuffix(".0") if steps >= 1 else f"{steps:.2g}"
-    return f"{shown} steps" if rows % batch_size == 0 else f"about {shown} steps"
+    return f"{shown} steps" if epoch.units % batch_size == 0 else f"about {shown} steps"
 
 
 def choose_warmup(recipe: Recipe, steps: int) -> Decision[int]:
@@ -122,27 +110,7 @@ def choose_warmup(recipe: Recipe, steps: int) -> Decision[int]:
     return Decision("train.warmup_steps", warmup, f"3 % of {steps:,} steps, at least one.", sources.QLORA)
 
 
-def choose_max_length(recipe: Recipe, config: ModelConfig, longest: int) -> Decision[int]:
-    """The longest row, as far as the model reaches.
-
-    Raises:
-        UsageError: the user's length is beyond the model's positions.
-    """
-    asked, most = recipe.train.max_length, config.max_positions
-    if asked != "auto":
-        if asked > most:
-            message = f"train.max_length is {asked:,}, but the model knows only {most:,} positions"
-            raise UsageError(message, f"train.max_length: {most} or less, or auto")
-        reason = f"As you set it; the longest row has {longest:,} tokens" + (" and is cut." if longest > asked else ".")
-        return Decision("train.max_length", asked, reason, YOURS)
-    if longest > most:
-        reason = f"The longest row has {longest:,} tokens, the model only {most:,} positions: what is longer is cut."
-        return Decision("train.max_length", most, reason, "the model's config.json")
-    reason = f"The longest row has {longest:,} tokens, so nothing is cut (the model reaches {most:,})."
-    return Decision("train.max_length", longest, reason, "the data, counted")
-
-
-def choose_eval_every(recipe: Recipe, steps: int, batch_size: int, eval_rows: int) -> Decision[int]:
+def choose_eval_every(recipe: Recipe, steps: int, rows_per_step: float, eval_rows: int) -> Decision[int]:
     """About ten times in a run, fewer where the held-out rows would take more than a tenth of the time.
 
     Raises:
@@ -159,7 +127,7 @@ def choose_eval_every(recipe: Recipe, steps: int, batch_size: int, eval_rows: in
     if asked != "auto":
         return Decision("train.eval_every", asked, "As you set it." + (" Never." if asked == 0 else ""), YOURS)
     # A row costs a third when only measured: forward, without backward's two thirds.
-    affordable = int(0.1 * steps * batch_size * 3 / eval_rows)
+    affordable = int(0.1 * steps * rows_per_step * 3 / eval_rows)
     times = max(2, min(_EVALUATIONS, affordable))
     every = max(1, math.ceil(steps / times))
     reason = f"{math.ceil(steps / every)} times in {steps:,} steps; {eval_rows:,} held-out rows each"

@@ -7,17 +7,19 @@ from typing import Literal, TypeAlias
 
 from luthier.hardware.device import DeviceKind, Precision
 
-__all__ = ["Optimizer", "Quantize", "Scale", "Schedule", "Settings"]
+__all__ = ["LongRows", "Optimizer", "Quantize", "Scale", "Schedule", "Settings", "TrainOn"]
 
 Quantize: TypeAlias = Literal["none", "nf4"]
 Scale: TypeAlias = Literal["standard", "rslora"]
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 Optimizer: TypeAlias = Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
+TrainOn: TypeAlias = Literal["completions", "last", "all"]
+LongRows: TypeAlias = Literal["truncate", "error", "drop", "split"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run. Counts are of rows (`batch_size`, `micro_batch`), steps or tokens (`max_length`).
+    """The settings of one run. `batch_size` and `micro_batch` count rows, with `packing` packs of `max_length` tokens.
 
     `targets` are projection names; `eval_every` 0: not while training; `clip` 0: off.
     """
@@ -40,6 +42,11 @@ class Settings:
     clip: float
     checkpointing: bool
     max_length: int
+    packing: bool
+    longest_first: bool
+    train_on: TrainOn
+    prompt_loss_weight: float
+    long_rows: LongRows
     eval_every: int
     save_every: int
     seed: int

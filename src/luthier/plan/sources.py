@@ -10,6 +10,8 @@ __all__ = [
     "LEARNING_RATE",
     "LEARNS_LESS",
     "MICRO_BATCH",
+    "PROMPT_LOSS",
+    "PROMPT_WEIGHT",
     "QLORA",
     "RSLORA",
     "TARGETS",
@@ -24,6 +26,8 @@ QLORA = "QLoRA (Dettmers et al. 2023, arXiv 2305.14314)"
 RSLORA = "rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)"
 LEARNS_LESS = "LoRA Learns Less and Forgets Less (Biderman et al. 2024, arXiv 2405.09673)"
 EPOCHS = "Unsloth's guide: 1 to 3 (a convention, not a controlled study); Tinker's primer: at least 100 steps"
+PROMPT_LOSS = "Instruction Tuning With Loss Over Instructions (Shi et al. 2024, arXiv 2405.14394)"
+PROMPT_WEIGHT = "low to moderate weights did best (Chatterjee et al. 2025, arXiv 2507.07817)"
 CHECKPOINTING = "torchtune's ablation (README): recomputing activations costs 21 % of the speed"
 EIGHT_BIT = "8-bit optimizers (Dettmers et al. 2021, arXiv 2110.02861)"
 MICRO_BATCH = (

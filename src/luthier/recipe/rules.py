@@ -12,7 +12,7 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from luthier.recipe.schema import KNOWN_TASKS, Recipe
+from luthier.recipe.schema import BUNDLED_DATA, KNOWN_TASKS, NAMED_TEMPLATES, Recipe
 
 __all__ = ["RULES", "Breach", "breaches"]
 
@@ -100,10 +100,29 @@ def _known_tasks(recipe: Recipe) -> Iterator[Breach]:
             yield Breach((("evaluate", "tasks", place),), f"there is no task `{name}`", guess)
 
 
+def _prompt_weight_has_prompts(recipe: Recipe) -> Iterator[Breach]:
+    if recipe.train_on == "all" and recipe.prompt_loss_weight > 0:
+        yield Breach(
+            (("prompt_loss_weight",), ("train_on",)),
+            "with `train_on: all` every token counts in full, so `prompt_loss_weight` says nothing",
+            "leave one of them out",
+        )
+
+
+def _hub_settings_of_a_hub_set(recipe: Recipe) -> Iterator[Breach]:
+    for place, source in enumerate(recipe.data):
+        if source.path in BUNDLED_DATA and (source.subset is not None or source.stream or source.hub_split != "train"):
+            yield Breach(
+                (("data", place),),
+                f"`{source.path}` is bundled: subset, hub_split and stream are for data sets on the hub",
+                "leave them out",
+            )
+
+
 def _template_reads(recipe: Recipe) -> Iterator[Breach]:
     """A text template: braces that pair, plain names in them, the answer's field at the end."""
     text, path = recipe.template, (("template",),)
-    if text in ("model", "alpaca"):
+    if text in NAMED_TEMPLATES:
         return
     try:
         pieces = list(string.Formatter().parse(text))
@@ -113,8 +132,8 @@ def _template_reads(recipe: Recipe) -> Iterator[Breach]:
     named = [piece for piece in pieces if piece[1] is not None]
     names = [name or "" for _, name, _, _ in named]
     if not names:
-        near = difflib.get_close_matches(text, ["model", "alpaca"], n=1)
-        guess = f"did you mean `{near[0]}`?" if near else f"model, alpaca, or a text such as {_EXAMPLE}"
+        near = difflib.get_close_matches(text, NAMED_TEMPLATES, n=1)
+        guess = f"did you mean `{near[0]}`?" if near else f"{', '.join(NAMED_TEMPLATES)}, or a text such as {_EXAMPLE}"
         yield Breach(path, f"`template` is {text!r}, which names no key of the rows in braces", guess)
     for _, name, form, conversion in named:
         if not name or form or conversion:
@@ -135,6 +154,8 @@ RULES: tuple[Callable[[Recipe], Iterator[Breach]], ...] = (
     _something_to_train_on,
     _no_twice,
     _known_tasks,
+    _prompt_weight_has_prompts,
+    _hub_settings_of_a_hub_set,
     _template_reads,
 )
 

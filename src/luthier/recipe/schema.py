@@ -17,6 +17,7 @@ __all__ = [
     "BUNDLED_DATA",
     "BUNDLED_MODEL",
     "KNOWN_TASKS",
+    "NAMED_TEMPLATES",
     "AdapterRecipe",
     "Auto",
     "DataSource",
@@ -30,6 +31,8 @@ __all__ = [
 
 BUNDLED_MODEL = "sprig"
 BUNDLED_DATA = ("pirate", "tales")
+NAMED_TEMPLATES = ("model", "alpaca", "llama3", "chatml", "mistral", "human-assistant")
+"""The names of data's template table that a recipe may say; a test there holds the two equal."""
 KNOWN_TASKS = ("pirate", "exact")
 """The names of evaluate's task table; a test there holds the two equal."""
 
@@ -52,11 +55,12 @@ class _Section(BaseModel):
 
 
 class DataSource(_Section):
-    """One file of rows, or one of the bundled sets."""
+    """Rows from one place: a file, a folder, a data set of the Hugging Face hub, or a bundled set."""
 
     path: Text = Field(
-        description="A JSONL file, beside this recipe or with its full path; pirate and tales name the bundled sets "
-        "(a file of that name: ./pirate)."
+        description="A file (JSONL, JSON, CSV, TSV, Parquet, text; also .gz, .zst) or a folder of such, beside this "
+        "recipe or with its full path; a data set on the hub (owner/name, or hf://owner/name); pirate and tales name "
+        "the bundled sets (a file of that name: ./pirate)."
     )
     format: FormatName = Field("auto", description="The layout of its rows; auto: recognised by their keys.")
     fields: dict[Text, Text] = Field(
@@ -65,6 +69,17 @@ class DataSource(_Section):
     )
     split: Literal["all", "train", "eval", "test"] = Field(
         "all", description="What these rows are for; all: cut by the fractions under `split`."
+    )
+    weight: Number = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="How often each row is seen in an epoch; 0.5: every second epoch, 2: twice.",
+    )
+    subset: Text | None = Field(None, description="Of a data set on the hub: which of its configurations.")
+    hub_split: Text = Field("train", description="Of a data set on the hub: which of its splits is read.")
+    stream: Annotated[bool, Strict()] = Field(
+        False, description="Of a data set on the hub: read it as it comes, without keeping a copy of its files."
     )
 
 
@@ -122,8 +137,15 @@ class TrainRecipe(_Section):
     )
     max_length: Annotated[Whole, Field(ge=8)] | Auto = Field(
         "auto",
-        description="Longest row; longer ones are cut at the end, and counted.",
+        description="Longest row, and with packing the length of a pack; see `long_rows` for what is longer.",
         json_schema_extra={"unit": "tokens"},
+    )
+    packing: Annotated[bool, Strict()] | Auto = Field(
+        "auto",
+        description="Fill packs of max_length tokens with whole rows, each seen alone; batch_size then counts these.",
+    )
+    longest_first: Annotated[bool, Strict()] = Field(
+        False, description="Take the batches with most tokens first, so that a run that does not fit stops at once."
     )
     eval_every: Annotated[Whole, Field(ge=0)] | Auto = Field(
         "auto",
@@ -141,6 +163,10 @@ class SplitRecipe(_Section):
     train: Number = Field(0.9, gt=0, le=1, description="Trained on.")
     eval: Number = Field(0.1, ge=0, lt=1, description="Held out: its loss is measured while training and after.")
     test: Number = Field(0.0, ge=0, lt=1, description="Held out and used once, at the end.")
+    near_duplicates: Literal["together", "anywhere"] = Field(
+        "together",
+        description="Rows that nearly say the same: kept on one side, or cut as if they had nothing in common.",
+    )
 
 
 class EvaluateRecipe(_Section):
@@ -173,14 +199,31 @@ class Recipe(_Section):
         description="The base model: a hub id such as meta-llama/Llama-3.1-8B, a folder, or sprig (bundled)."
     )
     data: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(as_sources)] = Field(
-        description="The rows to learn from: a JSONL file, pirate or tales (bundled), or a list of these or of "
-        "{path, format, fields, split}.",
+        description="The rows to learn from: a file, a folder, a data set on the hub, pirate or tales (bundled), or a "
+        "list of these or of {path, format, fields, split, weight}.",
         json_schema_extra={"expects": "a file, or a list of files or mappings with `path`"},
     )
     template: Text = Field(
         "model",
-        description="How a row becomes text. model: the model's own chat template; alpaca: Alpaca's; or a text of "
-        'your own that names the row\'s keys in braces, the answer last, such as "Q: {question}\\nA: {answer}".',
+        description="How a row becomes text. model: the model's own chat template; alpaca, llama3, chatml, mistral, "
+        "human-assistant: those layouts; or a text of your own that names the row's keys in braces, the answer last, "
+        'such as "Q: {question}\\nA: {answer}".',
+    )
+    train_on: Literal["completions", "last", "all"] = Field(
+        "completions", description="What is learned: every answer, the last answer of a row, or all of its text."
+    )
+    prompt_loss_weight: Number = Field(
+        0.0, ge=0, le=1, description="How much a token that is not part of an answer counts in the loss (2405.14394)."
+    )
+    long_rows: Literal["truncate", "error", "drop", "split"] = Field(
+        "truncate",
+        description="Rows longer than max_length: cut at the end, refused, left out, or cut into several. All counted.",
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="A row that cannot be used: stop and list all of them, or leave them out (rejected.jsonl)."
+    )
+    split_by: Text | None = Field(
+        None, description="A key of your rows: rows with the same value of it stay on one side of the split."
     )
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="What is trained.")
     quantize: Literal["auto", "none", "nf4"] = Field(

@@ -13,7 +13,7 @@ by the run it is: `load_checkpoint` refuses, with the differences, when settings
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +24,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from luthier.data.conversation import Example, Source, digest
+from luthier.data.conversation import Example, Source
 from luthier.errors import TrainingError, UsageError
 from luthier.model.adapter import load_adapter, save_adapter
 from luthier.plan.settings import Settings
@@ -66,11 +66,13 @@ class TrainingRows(Protocol):
     """What training takes of a data.prepare.Dataset: its rows, and where each stands in the user's files."""
 
     @property
-    def train(self) -> tuple[Example, ...]: ...
+    def train(self) -> Sequence[Example]: ...
     @property
-    def eval(self) -> tuple[Example, ...]: ...
+    def eval(self) -> Sequence[Example]: ...
     @property
-    def places(self) -> tuple[Source, ...]: ...
+    def places(self) -> Sequence[Source]: ...
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ _STATE = TypeAdapter(_State)
 
 
 def identify(settings: Settings, dataset: TrainingRows, base: str) -> Identity:
-    """The identity of a run with these settings on this data; the digest is SHA-256 over ids and labels, in order."""
+    """The identity of a run with these settings on this data, which its digest stands for."""
     as_json: dict[str, JsonValue] = orjson.loads(orjson.dumps(asdict(settings)))
-    return Identity(base=base, data=digest(dataset.train, dataset.eval), settings=as_json)
+    return Identity(base=base, data=dataset.digest, settings=as_json)
 
 
 def save_checkpoint(folder: Path, trainee: Trainee, progress: Progress, identity: Identity) -> None:

@@ -93,7 +93,14 @@ def train(
 def _go(session: Session, signals: StopSignals, companions: Callable[[Path], None] | None) -> EndEvent:
     """The loop. A signal is looked for wherever the state is whole, so that it waits for a step or an evaluation."""
     settings = session.settings
-    batches = Batches(session.dataset.train, settings.batch_size, settings.micro_batch, settings.seed)
+    batches = Batches(
+        session.dataset.train,
+        settings.batch_size,
+        settings.micro_batch,
+        settings.seed,
+        capacity=settings.max_length if settings.packing else None,
+        longest_first=settings.longest_first,
+    )
     session.start()
     while True:
         if session.evaluation_is_due() and signals.received is None:

@@ -1,10 +1,11 @@
 """One optimizer step: gradients of all its micro-batches, checks, clipping, update.
 
-With L the labelled tokens of every micro-batch of the step, n = |L| and c_i the cross-entropy of token i:
+With L the labelled tokens of every micro-batch of the step, c_i the cross-entropy of token i, w_i its weight (1, but
+for the tokens of a prompt where the recipe's `prompt_loss_weight` says otherwise) and n = Σ_{i ∈ L} w_i:
 
-    loss = (1/n) Σ_{i ∈ L} c_i          gradient = Σ over micro-batches of  ∇ (1/n) Σ_{i ∈ L ∩ micro-batch} c_i
+    loss = (1/n) Σ_{i ∈ L} w_i c_i      gradient = Σ over micro-batches of  ∇ (1/n) Σ_{i ∈ L ∩ micro-batch} w_i c_i
 
-The sum is divided once, by the count of the whole step, so the same rows give the same gradient however they are cut
+The sum is divided once, by the weights of the whole step, so the same rows give the same gradient however they are cut
 into micro-batches. (A mean of the micro-batches' means would weigh a token by how few others share its micro-batch.)
 
 Gradients are clipped by their global norm g: scaled by min(1, clip / (g + 1e-6)) (Pascanu et al. 2013,
@@ -53,7 +54,8 @@ class StepError(TrainingError):
 class StepResult:
     """`loss` in nats per labelled token, before the update; `grad_norm` before clipping; `tokens` real ones.
 
-    `halvings`: how often the fp16 loss scale was halved before the gradient was finite.
+    Where tokens have weights, `loss` is the weighted mean. `halvings`: how often the fp16 loss scale was halved before
+    the gradient was finite.
     """
 
     loss: float
@@ -70,25 +72,27 @@ def make_scaler(device: str, precision: str) -> GradScaler | None:
 def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: GradScaler | None = None) -> float:
     """Add the gradient of the step's loss to the parameters' `.grad` (times the scaler's factor); returns the loss.
 
-    Raises StepError, naming the rows, when no token is labelled or a micro-batch's loss is not finite.
+    Raises StepError, naming the rows, when no token counts or a micro-batch's loss is not finite.
     """
-    labelled = sum(batch.labelled for batch in micro_batches)
-    if labelled == 0:
+    weight = sum(batch.weight for batch in micro_batches)
+    if weight == 0:
         raise StepError("no token of the batch has a label", _rows(micro_batches), "a larger train.max_length may help")
     sums: list[torch.Tensor] = []
     for micro_batch in micro_batches:
         batch = micro_batch.to(decoder.device)
         hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
-        summed = decoder.kernels.linear_cross_entropy(hidden_TD, decoder.head_weight, batch.labels_T)
+        summed = decoder.kernels.linear_cross_entropy(
+            hidden_TD, decoder.head_weight, batch.labels_T, weights_N=batch.weights_T
+        )
         sums.append(summed.detach())
-        loss = summed / labelled
+        loss = summed / weight
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     sums_M = torch.stack(sums).cpu().double()  # one wait for the device, after all is queued; MPS has no float64
     finite_M = sums_M.isfinite().tolist()
     if not all(finite_M):
         bad = [batch for batch, finite in zip(micro_batches, finite_M, strict=True) if not finite]
         raise StepError("the loss is not finite", _rows(bad), NOT_FINITE)
-    return float(sums_M.sum()) / labelled
+    return float(sums_M.sum()) / weight
 
 
 def take_step(trainee: Trainee, micro_batches: Sequence[Batch], clip: float) -> StepResult:
