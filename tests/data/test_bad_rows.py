@@ -61,6 +61,8 @@ LINES = {
     "an answer of spaces": (b'{"question": "q", "answer": " \\n\\t"}', 19, "'answer' is only spaces", "write the text"),
     "an empty answer": (b'{"question": "q", "answer": ""}', 19, "'answer' is empty", "take the row out"),
     "another format": (b'{"text": "t"}', 1, "'question' is missing", "looks like text, this file is read as"),
+    "a second row": (b'{"question": "q", "answer": "a"}, {}', 33, "more stands after the end of the row", "no comma"),
+    "a key inside": (b'{"meta": {"answer": 1}, "question": "q", "answer": 2}', 42, "not a number", '"answer": "2"'),
     "a value in quotes": (b'{"question": "say \\"answer\\": no", "answer": 1}', 36, "not a number", '"answer": "1"'),
 }  # fmt: skip
 
@@ -122,8 +124,9 @@ def test_bad_turns(tmp_path, name):
         ({"messages": ["x"]}, "messages", "turn 1: must be an object with 'role' and 'content', not text", '{"role"'),
         ({"messages": [USER, {"role": "assistant"}]}, "messages", "turn 2: 'content' is missing", "add 'content'"),
         ({"messages": [{"from": "human", "value": "x"}]}, "messages", "'role' is missing", "call them 'role' and 'con"),
+        ({"messages": [USER, ANSWER, turn("user", train=True), ANSWER]}, "train", "turn 3: 'train' is true", "take it"),
         ({"messages": [USER, turn("assistant", train="no")]}, "train", "'train' must be true or false", "write true"),
-        ({"messages": [USER, turn("assistant", train=False)]}, "train", "marked as not learned", "train: true"),
+        ({"messages": [USER, turn("assistant", train=False)]}, "messages", "marked as not learned", "train: true"),
         ({"messages": [USER, turn("assistant", weight=0.5)]}, "weight", "'weight' must be 0 or 1", "train"),
         ({"messages": [turn("user", train=True), ANSWER]}, "train", "only the assistant's turns", "train_on: all"),
         ({"messages": [USER, turn("assistant", None, tool_calls=[{}])]}, "tool_calls", "tool calls", "turn's text"),
@@ -271,7 +274,7 @@ def test_an_unreadable_file(tmp_path):
         ("rows.jsonl", b"SQLite format 3\0", "an SQLite data base", "JSONL"),
         ("rows.parquet", b"PAR1rest", "begins as Parquet but cannot be read", "again"),
         ("rows.jsonl.gz", b"\x1f\x8b\x08\x00rest", "cut off here", "again"),
-        ("rows.jsonl.gz", gzip.compress(b"PAR1"), "Parquet inside gzip", "unpack"),
+        ("rows.jsonl.gz", gzip.compress(b"PAR1", mtime=0), "Parquet inside gzip", "unpack"),
         ("rows.json", b'{\n "data": []\n}', "stands on several lines", "jq -c . rows.json"),
         ("rows.dat", b"what is this\n", "neither its content nor its name", ".jsonl"),
         ("rows.csv", b"text,text\na,b\n", "names 'text' twice", "name of its own"),

@@ -6,7 +6,7 @@ from typing import get_args
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data.conversation import Conversation, Source, Turn
@@ -154,35 +154,48 @@ OPENAI_NAMES = {"system": "system", "user": "user", "assistant": "assistant", "t
 SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
-@given(conversation=conversations())
-def test_lists_of_turns_come_back_as_they_were(conversation):
-    for name, key, layout in (
-        ("messages", "messages", ("role", "content", OPENAI_NAMES)),
-        ("sharegpt", "conversations", ("from", "value", SHAREGPT_NAMES)),
-    ):
-        found = read(name, **through_json({key: as_list(conversation, *layout)}))
-        assert found.turns == conversation.turns
-        again = read(name, **through_json({key: as_list(found, *layout)}))
-        assert again == found
+both_tiers = pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.slow)])
 
 
-@given(question=SOLID, answer=SOLID, given_=st.none() | st.text(), system=st.none() | st.text())
-def test_flat_rows_come_back_as_they_were(question, answer, given_, system):
-    for name, keys in (
-        ("question-answer", ("question", "answer")),
-        ("prompt-completion", ("prompt", "completion")),
-        ("title-content", ("title", "content")),
-    ):
-        row = through_json(dict(zip(keys, (question, answer), strict=True)))
-        found = read(name, **row)
-        assert [turn.content for turn in found.turns] == [question, answer]
-        assert read(name, **dict(zip(keys, (turn.content for turn in found.turns), strict=True))) == found
-    found = read("text", **through_json({"text": answer}))
-    assert read("text", text=found.turns[0].content) == found
-    row = {"instruction": question, "output": answer, "input": given_, "system": system}
-    once = read("alpaca", **through_json(as_alpaca(read("alpaca", **through_json(row)))))
-    assert read("alpaca", **through_json(as_alpaca(once))) == once
-    assert once.turns == read("alpaca", **row).turns
+@both_tiers
+def test_lists_of_turns_come_back_as_they_were(examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(conversation=conversations())
+    def holds(conversation: Conversation) -> None:
+        for name, key, layout in (
+            ("messages", "messages", ("role", "content", OPENAI_NAMES)),
+            ("sharegpt", "conversations", ("from", "value", SHAREGPT_NAMES)),
+        ):
+            found = read(name, **through_json({key: as_list(conversation, *layout)}))
+            assert found.turns == conversation.turns
+            again = read(name, **through_json({key: as_list(found, *layout)}))
+            assert again == found
+
+    holds()
+
+
+@both_tiers
+def test_flat_rows_come_back_as_they_were(examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(question=SOLID, answer=SOLID, given_=st.none() | st.text(), system=st.none() | st.text())
+    def holds(question: str, answer: str, given_: str | None, system: str | None) -> None:
+        for name, keys in (
+            ("question-answer", ("question", "answer")),
+            ("prompt-completion", ("prompt", "completion")),
+            ("title-content", ("title", "content")),
+        ):
+            row = through_json(dict(zip(keys, (question, answer), strict=True)))
+            found = read(name, **row)
+            assert [turn.content for turn in found.turns] == [question, answer]
+            assert read(name, **dict(zip(keys, (turn.content for turn in found.turns), strict=True))) == found
+        found = read("text", **through_json({"text": answer}))
+        assert read("text", text=found.turns[0].content) == found
+        row = {"instruction": question, "output": answer, "input": given_, "system": system}
+        once = read("alpaca", **through_json(as_alpaca(read("alpaca", **through_json(row)))))
+        assert read("alpaca", **through_json(as_alpaca(once))) == once
+        assert once.turns == read("alpaca", **row).turns
+
+    holds()
 
 
 def through_json(row: dict[str, object]) -> dict[str, object]:

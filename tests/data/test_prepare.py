@@ -304,3 +304,14 @@ def test_stores_that_nobody_used_for_a_month_are_removed(tmp_path, tokenizer, mo
     prepare(recipe(tmp_path / "6.jsonl"), tokenizer)  # used again
     prepare(recipe(tiny.write_rows(tmp_path / "7.jsonl", questions(7))), tokenizer)
     assert [folder.exists() for folder in stores] == [False, True]
+
+
+@pytest.mark.parametrize("change", [{"train_on": "all"}, {"train_on": "last"}, {"prompt_loss_weight": 0.5}, {}])
+def test_the_prompt_of_a_held_out_row_is_known_whatever_is_trained(tmp_path, tokenizer, change):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(40))
+    found = prepare(recipe(path, **change), tokenizer)
+    for side in (found.train, found.eval):
+        for one in side:
+            prompt, answer = one.ids[: one.answer_start].tolist(), one.ids[one.answer_start :].tolist()
+            assert tokenizer.decode(prompt).endswith("<|end_header_id|>\n\n")
+            assert tokenizer.decode(answer) == f"It is {one.row + 1}.<|eot_id|>"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data import readers_json
@@ -227,18 +227,24 @@ JSON = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(values=st.lists(JSON, max_size=5), indent=st.none() | st.integers(0, 2), block=st.integers(1, 40))
-def test_a_list_is_cut_as_a_parser_cuts_it(tmp_path, monkeypatch, values, indent, block):
-    monkeypatch.setattr(readers_json, "_BLOCK", block)
-    text = json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8")
-    (tmp_path / "rows.json").write_bytes(b"\xef\xbb\xbf" + text + b"\n")
-    found = list(read_json_list(str(tmp_path / "rows.json")))
-    assert [row[2] for row in found] == values
-    for line, column, value, written_ in found:
-        rest = "\n".join([text.decode().split("\n")[line - 1][column - 1 :], *text.decode().split("\n")[line:]])
-        assert rest.encode().startswith(written_)
-        assert json.loads(written_) == value
+@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_list_is_cut_as_a_parser_cuts_it(tmp_path, monkeypatch, examples):
+    path = tmp_path / "rows.json"
+
+    @settings(max_examples=examples, deadline=None)
+    @given(values=st.lists(JSON, max_size=5), indent=st.none() | st.integers(0, 2), block=st.integers(1, 40))
+    def holds(values: list[object], indent: int | None, block: int) -> None:
+        monkeypatch.setattr(readers_json, "_BLOCK", block)  # so that blocks end anywhere
+        text = json.dumps(values, indent=indent, ensure_ascii=False)
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n")
+        found = list(read_json_list(str(path)))
+        assert [row[2] for row in found] == values
+        for line, column, value, written in found:
+            rest = "\n".join(text.split("\n")[line - 1 :])[column - 1 :]
+            assert rest.encode().startswith(written)
+            assert json.loads(written) == value
+
+    holds()
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])

@@ -146,6 +146,7 @@ def _part(chunk: _Chunk, encoded: EncodedChunk, keep_fields: bool, split_by: str
     rows["length"] = lengths
     if len(lengths):
         rows["labelled"] = np.add.reduceat(trained, starts, dtype=np.int64) - trained[starts]
+    rows["answer"] = encoded.answers[good]
     rows["source"] = chunk.source
     rows["line"] = np.fromiter((c.source.line for c in conversations), dtype=np.int64, count=len(conversations))
     rows["content"] = np.frombuffer(b"".join(map(content_key, conversations)), dtype=">u8")

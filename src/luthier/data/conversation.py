@@ -69,6 +69,7 @@ class Example:
     elsewhere (not shifted: batches.py shifts). `row` counts from 0 over all files of the recipe in their order.
     `fields` are kept for held-out rows (eval and test), where tasks need them; training rows carry none.
     `weights` (float32, one a token) say how much each label counts in the loss; None: all that have one count 1.
+    `answer` counts the tokens before the last answer; None: it begins where the last trained span does.
     """
 
     ids: Ids
@@ -76,6 +77,7 @@ class Example:
     row: int
     fields: Mapping[str, str] = field(default_factory=dict)
     weights: Weights | None = None
+    answer: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,7 +89,9 @@ class Example:
 
     @property
     def answer_start(self) -> int:
-        """The index of the first token of the last trained span; `ids[:answer_start]` is the prompt it answers."""
+        """The index of the first token of the last answer; `ids[:answer_start]` is the prompt that it answers."""
+        if self.answer is not None:
+            return self.answer
         trained = self.labels != IGNORED
         starts = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
         return int(starts[-1]) if len(starts) else len(self.ids)

@@ -129,7 +129,10 @@ class Examples(Sequence[Example]):
         labels = ids.copy() if weight else np.where(trained, ids, np.int32(IGNORED))
         weights = np.where(trained, np.float32(1.0), np.float32(weight)) if weight else None
         fields: Mapping[str, str] = self._store.fields(row) if self._reading.fields else {}
-        return Example(ids, labels, row, fields, weights)
+        answer = min(
+            int(self._store.rows["answer"][row]) - int(self.cuts.start[i]) + bool(self._continues[i]), len(ids)
+        )
+        return Example(ids, labels, row, fields, weights, max(answer, 0))
 
 
 class Places(Sequence[Source]):

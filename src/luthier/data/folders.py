@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from luthier.data.readers import DATA_ENDINGS, TEXT_ENDINGS, ending_of
 from luthier.errors import DataError
+from luthier.recipe.places import DATA_ENDINGS, TEXT_ENDINGS, ending_of
 from luthier.recipe.schema import BUNDLED_DATA, DataSource
 
 __all__ = ["expand_bundled", "files_of", "open_error"]

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from luthier.data.rawrow import RawRow, Read
-from luthier.data.readers import DATA_ENDINGS, ending_of
 from luthier.errors import DataError
+from luthier.recipe.places import HUB_SCHEME, reads_as_hub_set
 from luthier.recipe.schema import DataSource
 
 if TYPE_CHECKING:
@@ -21,16 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["is_hub_id", "open_hub"]
 
-_SCHEME = "hf://"
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BATCH = 256
 
 
 def is_hub_id(path: str) -> bool:
     """Whether `path` names a data set of the hub: hf://…, or owner/name where nothing of that name lies here."""
-    if path.startswith(_SCHEME):
-        return True
-    return _ID.fullmatch(path) is not None and ending_of(path) not in DATA_ENDINGS and not os.path.exists(path)
+    return path.startswith(HUB_SCHEME) or (reads_as_hub_set(path) and not os.path.exists(path))
 
 
 def open_hub(source: DataSource) -> tuple[str, Read, str]:
@@ -45,7 +41,7 @@ def open_hub(source: DataSource) -> tuple[str, Read, str]:
     except ImportError as error:
         message = f"{source.path}: data sets of the hub need the library datasets"
         raise DataError(message, 'pip install "luthier[data]"') from error
-    name = source.path.removeprefix(_SCHEME)
+    name = source.path.removeprefix(HUB_SCHEME)
     if os.path.isabs(name) and not os.path.isdir(name):
         raise DataError(f"{source.path}: there is no folder {name}", "name a folder, or a data set as hf://owner/name")
     try:
@@ -113,10 +109,10 @@ def _reader(found: Dataset | IterableDataset) -> Read:
 
 
 def _unreachable(source: DataSource) -> DataError:
-    name = source.path.removeprefix(_SCHEME)
+    name = source.path.removeprefix(HUB_SCHEME)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     why = "HF_HUB_OFFLINE forbids to ask for it" if offline else "the hub cannot be reached"
-    also = "" if source.path.startswith(_SCHEME) else "; and here is no file or folder of that name"
+    also = "" if source.path.startswith(HUB_SCHEME) else "; and here is no file or folder of that name"
     remedy = (
         f"where there is a network: hf download {name} --repo-type dataset --local-dir rows; then bring that folder "
         "here and name it: data: hf:///the/full/path/of/rows"
@@ -125,11 +121,11 @@ def _unreachable(source: DataSource) -> DataError:
 
 
 def _unknown(source: DataSource, reason: str) -> DataError:
-    name = source.path.removeprefix(_SCHEME)
+    name = source.path.removeprefix(HUB_SCHEME)
     if "gated" in reason or "authenticated" in reason:
         remedy = f"ask for access at https://huggingface.co/datasets/{name}, then: hf auth login"
         return DataError(f"{source.path}: the data set may be read only by those who were given access", remedy)
-    also = "" if source.path.startswith(_SCHEME) else ", and here is no file or folder of that name"
+    also = "" if source.path.startswith(HUB_SCHEME) else ", and here is no file or folder of that name"
     remedy = "look its name up at https://huggingface.co/datasets; for one of your own that is private: hf auth login"
     return DataError(f"{source.path}: the hub has no data set of that name that you may read{also}", remedy)
 

@@ -123,6 +123,8 @@ class EncodedChunk:
         ids: of all rows that have no fault.
         labels: True where the token is trained; as long as `ids`.
         lengths: tokens of each row, 0 for one with a fault.
+        answers: tokens of each row before its last answer, which is what the answer is prompted with; all of them where
+            it has no answer that can be told from its prompt.
         parted: the rows in which a token had to be parted at a prompt's end.
         faults: the rows that could not be used, by their index in the chunk.
     """
@@ -130,6 +132,7 @@ class EncodedChunk:
     ids: Ids
     labels: _Flags
     lengths: _Numbers
+    answers: _Numbers
     parted: _Flags
     faults: Mapping[int, RowFault]
 
@@ -201,7 +204,7 @@ def label(tokenized: Tokenized, tokenizer: ChatTokenizer, rules: Rules) -> Encod
     usable = spans.take(~np.isin(spans.row, list(faults)))
     labels = _labels(flat, usable, heads, rules, faults)
     _count_bos(flat, rules, faults)
-    return _without_faulty(flat, labels, parted, faults)
+    return _without_faulty(flat, labels, _answers(flat, usable, heads), parted, faults)
 
 
 class _SpanArrays(NamedTuple):
@@ -326,6 +329,17 @@ def _labels(
     return np.cumsum(edges[:-1]) > 0
 
 
+def _answers(flat: _Flat, spans: _SpanArrays, heads: Sequence[Sequence[int]]) -> _Numbers:
+    """Where the last span of each row begins, from the row's beginning."""
+    found = flat.lengths.copy()
+    if len(spans.row):
+        head_lengths = np.fromiter(map(len, heads), dtype=np.int64, count=len(heads))
+        starts = spans.base(flat) + head_lengths[spans.head] - flat.offsets[spans.row]
+        found[spans.row] = 0
+        np.maximum.at(found, spans.row, starts)
+    return found
+
+
 def _count_bos(flat: _Flat, rules: Rules, faults: dict[int, RowFault]) -> None:
     if rules.bos is None:
         return
@@ -343,11 +357,14 @@ def _count_bos(flat: _Flat, rules: Rules, faults: dict[int, RowFault]) -> None:
         )
 
 
-def _without_faulty(flat: _Flat, labels: _Flags, parted: _Flags, faults: dict[int, RowFault]) -> EncodedChunk:
+def _without_faulty(
+    flat: _Flat, labels: _Flags, answers: _Numbers, parted: _Flags, faults: dict[int, RowFault]
+) -> EncodedChunk:
     if not faults:
-        return EncodedChunk(flat.ids, labels, flat.lengths, parted, faults)
+        return EncodedChunk(flat.ids, labels, flat.lengths, answers, parted, faults)
     good = np.ones(len(flat.lengths), dtype=np.bool_)
     good[list(faults)] = False
     kept = np.repeat(good, flat.lengths)
     faults = dict(sorted(faults.items()))
-    return EncodedChunk(flat.ids[kept], labels[kept], np.where(good, flat.lengths, 0), parted & good, faults)
+    lengths, answers = np.where(good, flat.lengths, 0), np.where(good, answers, 0)
+    return EncodedChunk(flat.ids[kept], labels[kept], lengths, answers, parted & good, faults)

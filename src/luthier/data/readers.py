@@ -20,14 +20,12 @@ from luthier.data.readers_json import read_json_lines, read_json_list
 from luthier.data.readers_table import read_parquet, read_table
 from luthier.data.recognise import recognise
 from luthier.errors import DataError
+from luthier.recipe.places import DATA_ENDINGS, TEXT_ENDINGS, ending_of
 
-__all__ = ["DATA_ENDINGS", "PACKED_ENDINGS", "TEXT_ENDINGS", "Reader", "ending_of", "reader_of"]
+__all__ = ["Reader", "reader_of"]
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TABLES = (".csv", ".tsv")
-TEXT_ENDINGS = (".txt", ".md")
-DATA_ENDINGS = (*_JSON, *_TABLES, ".parquet", *TEXT_ENDINGS)
-PACKED_ENDINGS = (".gz", ".zst")
 _SEPARATORS: Mapping[str, str] = {",": "commas", "\t": "tabs", ";": "semicolons"}
 _HEAD = 2**16
 
@@ -49,12 +47,6 @@ class Reader(NamedTuple):
 
     kind: str
     read: Read
-
-
-def ending_of(path: str) -> str:
-    """The ending that says what is in the file: `.jsonl` of `rows.jsonl.gz`."""
-    name = Path(path)
-    return Path(name.stem if name.suffix.lower() in PACKED_ENDINGS else name.name).suffix.lower()
 
 
 def reader_of(path: str, columns: Sequence[str] = ()) -> Reader:

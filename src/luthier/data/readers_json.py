@@ -97,6 +97,7 @@ def json_fault(text: bytes, line: int, column: int = 1, *, last: bool = False) -
     return Fault("not JSON", "write one JSON object", line, column)  # pragma: no cover  (the caller saw it fail)
 
 
+_NOT_A_NUMBER = re.compile(r"-?(NaN|Infinity)")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -111,11 +112,22 @@ def _explain(error: json.JSONDecodeError, text: str, last: bool, place: tuple[in
     if _SURROGATE.match(text, error.pos) or _SURROGATE.search(text, max(0, error.pos - 12), error.pos + 1):
         reason = "not JSON: half of a surrogate pair (\\ud800 to \\udfff), which is no character"
         return Fault(reason, "write the other half too, or take it out; a text was cut inside an emoji", *place)
-    if re.compile(r"-?(NaN|Infinity)").match(text, error.pos):
+    if _NOT_A_NUMBER.match(text, error.pos):
         return Fault("not JSON: it has no NaN and no Infinity", "write null, or take the key out", *place)
+    if _is_json(text[: error.pos]):
+        remedy = "one row a line and nothing after it: no comma, no second row, and lines that end in LF or CRLF"
+        return Fault("not JSON: more stands after the end of the row", remedy, *place)
     if text[error.pos] == "'":
         return Fault(f"not JSON: {error.msg}", 'texts and keys stand in double quotes: "', *place)
     return Fault(f"not JSON: {error.msg}", "correct it, or write the row with a JSON library", *place)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def _place(text: bytes, at: int, line: int, column: int) -> tuple[int, int]:

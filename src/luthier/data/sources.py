@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import orjson
 
@@ -110,7 +109,8 @@ class OpenSource:
         if row == start > 0:  # nothing was read but what was to be skipped, uncounted
             row = line = 0
             with suppress(Broken):
-                for line, *_ in self.read(self.path, 0):
+                for raw in self.read(self.path, 0):
+                    line = raw[0]
                     row += 1
         if row >= start:
             yield BadRow(RowProblem(self.path, line + 1, None, row, error.reason, error.remedy), "")
@@ -141,16 +141,29 @@ class OpenSource:
         return BadRow(RowProblem(self.path, first_line, first_column, row, reason, remedy), text)
 
 
-def _place_of(key: str, occurrence: int, raw: RawRow) -> tuple[int, int]:
-    """Line and column of a key in its row, where the row writes it out; else of the row."""
-    line, column, _, found_text = raw
-    text = found_text.decode("utf-8", errors="replace") if isinstance(found_text, bytes) else found_text or ""
-    found = list(islice(re.finditer(rf'(?<!\\)"{re.escape(key)}"\s*:', text), occurrence + 1))
-    if not found:
-        return line, column
-    before = text[: found[-1].start()]
-    lines = before.count("\n")
-    return line + lines, len(before) - before.rfind("\n") if lines else column + len(before)
+_SIGN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_COLON = re.compile(r"\s*:")
+
+
+def _place_of(key: str, occurrence: int | None, raw: RawRow) -> tuple[int, int]:
+    """Line and column of one of the row's keys, or of a key of its turns; of the row where it writes out none such."""
+    line, column, _, found = raw
+    text = found.decode("utf-8", errors="replace") if isinstance(found, bytes) else found or ""
+    wanted, left = (1, 0) if occurrence is None else (3, occurrence)  # a turn is an object in a list in the row
+    depth = 0
+    for sign in _SIGN.finditer(text):
+        found_sign = sign.group()
+        if found_sign in "[{":
+            depth += 1
+        elif found_sign in "]}":
+            depth -= 1
+        elif depth == wanted and found_sign == f'"{key}"' and _COLON.match(text, sign.end()):
+            if left == 0:
+                before = text[: sign.start()]
+                lines = before.count("\n")
+                return line + lines, len(before) - before.rfind("\n") if lines else column + len(before)
+            left -= 1
+    return line, column
 
 
 def open_sources(sources: Sequence[DataSource]) -> tuple[OpenSource, ...]:

@@ -44,6 +44,7 @@ ROW = np.dtype(
         ("offset", "<i8"),  # of the first token in ids.bin, in tokens
         ("length", "<i4"),  # tokens
         ("labelled", "<i4"),  # trained tokens, the row's first not counted: nothing comes before it
+        ("answer", "<i4"),  # tokens before the last answer; `length` where it cannot be told from its prompt
         ("source", "<i4"),  # which of the sources
         ("line", "<i8"),  # in its file, from 1
         ("content", "<u8"),  # first 8 bytes of SHA-256 of what is said, see split.py

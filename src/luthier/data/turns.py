@@ -21,10 +21,11 @@ _make = tuple.__new__  # of a named tuple: half the time of calling its class
 class RowError(Exception):
     """What is wrong with one row, and what to do about it.
 
-    `key` is the key that it is about, None for none, and `occurrence` which of those of that name in the row, from 0.
+    `key` is the key that it is about, None for none: one of the row's own, or with `occurrence` one of its turns', that
+    which has so many of the same name before it.
     """
 
-    def __init__(self, reason: str, remedy: str, key: str | None = None, occurrence: int = 0) -> None:
+    def __init__(self, reason: str, remedy: str, key: str | None = None, occurrence: int | None = None) -> None:
         super().__init__(reason)
         self.reason, self.remedy, self.key, self.occurrence = reason, remedy, key, occurrence
 
@@ -109,7 +110,7 @@ def read_turns(value: object, key: str, layout: TurnLayout, system: str) -> tupl
         if content.__class__ is not str or ((not content or content.isspace()) and role != "tool"):
             raise _refused(value, len(turns), key, layout)  # a tool may well return nothing
         if len(row) != 2:
-            train = _trained(row, len(turns), key, role)
+            train = _trained(value, len(turns), key, role)
         if train:
             learned = True
         turns.append(_make(Turn, (role, content, train)))
@@ -128,22 +129,36 @@ def _put_first(turns: list[Turn], system: str, key: str) -> None:
         raise RowError(reason, "keep one of them", "system")
 
 
-def _trained(row: Mapping[str, object], number: int, key: str, role: Role) -> bool:
+def _trained(rows: Sequence[Mapping[str, object]], number: int, key: str, role: Role) -> bool:
     """Whether a turn that says more than role and text is learned: `train`, or `weight` as OpenAI's files have it."""
-    place = f"{key}, turn {number + 1}"
+    row = rows[number]
     if row.get("tool_calls"):
-        raise RowError(f"{place}: tool calls are not read", "write the call into the turn's text", "tool_calls")
+        raise _tool_calls(rows, number, key)
     train, weight = row.get("train"), row.get("weight")  # null is what Parquet writes where there is nothing
+    place = f"{key}, turn {number + 1}"
     if train is not None and not isinstance(train, bool):
-        raise RowError(f"{place}: 'train' must be true or false, not {train!r}", "write true or false", "train")
+        reason = f"{place}: 'train' must be true or false, not {train!r}"
+        raise RowError(reason, "write true or false", "train", _before(rows, number, "train"))
     if weight is not None and weight not in (0, 1):
-        raise RowError(f"{place}: 'weight' must be 0 or 1, not {weight!r}", "write train: true or false", "weight")
-    if role != "assistant":
-        if train:
-            remedy = "take it out; to learn all of the text, set train_on: all"
-            raise RowError(f"{place}: 'train' is true, but only the assistant's turns are learned", remedy, "train")
-        return False
-    return train is not False and weight != 0
+        reason = f"{place}: 'weight' must be 0 or 1, not {weight!r}"
+        raise RowError(reason, "write train: true or false", "weight", _before(rows, number, "weight"))
+    if role == "assistant":
+        return train is not False and weight != 0
+    if train:
+        reason = f"{place}: 'train' is true, but only the assistant's turns are learned"
+        remedy = "take it out; to learn all of the text, set train_on: all"
+        raise RowError(reason, remedy, "train", _before(rows, number, "train"))
+    return False
+
+
+def _before(rows: Sequence[Mapping[str, object]], number: int, key: str) -> int:
+    """How many turns before that one have the key."""
+    return sum(key in row for row in rows[:number])
+
+
+def _tool_calls(rows: Sequence[Mapping[str, object]], number: int, key: str) -> RowError:
+    reason = f"{key}, turn {number + 1}: tool calls are not read"
+    return RowError(reason, "write the call into the turn's text", "tool_calls", _before(rows, number, "tool_calls"))
 
 
 def _no_list(value: object, key: str, layout: TurnLayout) -> RowError:
@@ -153,7 +168,7 @@ def _no_list(value: object, key: str, layout: TurnLayout) -> RowError:
     return RowError(f"{key!r} must be a list, not {kind_of(value)}", remedy, key)
 
 
-def _refused(rows: Sequence[object], number: int, key: str, layout: TurnLayout) -> RowError:
+def _refused(rows: Sequence[Mapping[str, object]], number: int, key: str, layout: TurnLayout) -> RowError:
     """Why a turn is none."""
     place, row = f"{key}, turn {number + 1}", rows[number]
     role_key, text_key, roles = layout.role, layout.text, layout.roles
@@ -172,7 +187,7 @@ def _refused(rows: Sequence[object], number: int, key: str, layout: TurnLayout) 
         known = ", ".join(sorted(roles))
         return RowError(f"{place}: {role_key!r} is {role!r}; known are {known}", "use one of them", role_key, number)
     if row.get("tool_calls"):
-        return RowError(f"{place}: tool calls are not read", "write the call into the turn's text", "tool_calls")
+        return _tool_calls(rows, number, key)
     if not isinstance(text, str):
         remedy = "write it in quotes" if isinstance(text, (int, float)) else "write the text, or take the row out"
         return RowError(f"{place}: {text_key!r} must be text, not {kind_of(text)}", remedy, text_key, number)
@@ -210,4 +225,4 @@ def _nothing_learned(turns: Sequence[Turn], key: str, layout: TurnLayout) -> Row
         reason = f"{key}, turn {len(turns)}: the last turn is the {last}'s, and no answer follows"
         return RowError(reason, "add the answer, or take the turn out", layout.role, len(turns) - 1)
     reason = f"{key}: every assistant turn is marked as not learned, so nothing to learn"
-    return RowError(reason, "take the row out, or mark a turn with train: true", "train")
+    return RowError(reason, "take the row out, or mark a turn with train: true", key)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from luthier.errors import Problem, RecipeError
 from luthier.recipe.document import DEEPEST, Key, Keys, read_document, write_document
 from luthier.recipe.expects import dotted, expected, found, is_section, nearest, settings_under
+from luthier.recipe.places import reads_as_hub_set
 from luthier.recipe.rules import breaches
 from luthier.recipe.schema import BUNDLED_DATA, BUNDLED_MODEL, Recipe, as_sources
 
@@ -273,8 +274,12 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
     def place(text: str) -> str:
         return os.path.normpath(base / os.path.expanduser(text))
 
+    def here(path: str) -> bool:
+        hub = reads_as_hub_set(path) and not os.path.exists(place(path))
+        return path not in BUNDLED_DATA and not hub
+
     sources = tuple(
-        source if source.path in BUNDLED_DATA else source.model_copy(update={"path": place(source.path)})
+        source.model_copy(update={"path": place(source.path)}) if here(source.path) else source
         for source in recipe.data
     )
     model = recipe.model
