@@ -198,7 +198,7 @@ def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path) -> None:
 
 def test_where_the_data_cannot_be_prepared_the_bad_rows_are_named_all_the_same(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [row(0), "nonsense", row(1)])
-    without = ChatTokenizer(sprig()._backend, sprig().folder, sprig().special, sprig().eos_ids, None)
+    without = ChatTokenizer(sprig().backend, sprig().folder, sprig().special, sprig().eos_ids, None)
     made = audit(recipe_from_mapping({"model": "sprig", "data": path}), without)
     assert made.failed
     assert [finding.check for finding in made.findings] == ["preparation", "bad-rows"]

@@ -156,7 +156,7 @@ import luthier.data.build as build
 from luthier.data.prepare import prepare
 from luthier.data.tokenizer import load_tokenizer
 from luthier.recipe.schema import Recipe
-build._CHUNK_ROWS, build._SAVE_SECONDS = 16, 0.0  # many parts, all of them saved: many moments to be killed at
+build._FIRST_ROWS, build._CHUNK_ROWS, build._SAVE_SECONDS = 16, 16, 0.0  # many moments to be killed at
 recipe = Recipe(model="unused", data=[sys.argv[1]])
 tokenizer = load_tokenizer(Path(sys.argv[2]))
 print("ready", flush=True)

@@ -139,8 +139,11 @@ def _place(text: bytes, at: int, line: int, column: int) -> tuple[int, int]:
     return line, column + len(before)
 
 
-# A whole text (quotes in it are escaped), a sign that nests or parts; last, a quote whose text the block does not end.
-_SIGN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]|"', re.DOTALL)
+_TEXT = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+# A text, an object with nothing but texts and the like in it, a sign that nests or parts; last, a quote whose text the
+# block does not end.
+_SIGN = re.compile(rb'%s|\{[^"\[\]{}]*(?:%s[^"\[\]{}]*)*\}|[\[\]{},]|"' % (_TEXT, _TEXT), re.DOTALL)
+_BLANKS = re.compile(rb"\s*")
 _INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
@@ -155,34 +158,37 @@ class _Cutter:
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
-        self._buffer = b""
+        self._buffer, self._at = b"", 0  # what was read, and where in it the next element begins
         self._next = (1, 1)
         self.line = self.column = 1
         self.over = self.closed = False
         _skip_bom(file)
-        self._take(self._refill().index(b"[") + 1)
+        if self._skip_blanks():
+            self._take(self._at + 1)  # the bracket that opens the list
 
-    def _take(self, size: int) -> bytes:
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+    def _take(self, end: int) -> bytes:
+        taken = self._buffer[self._at : end]
+        self._at = end
         self._next = _place(taken, len(taken), *self._next)
         return taken
 
-    def _refill(self) -> bytes:
-        """What comes next in the file without the blanks before it; nothing at its end."""
-        while not self._buffer.strip():
-            self._take(len(self._buffer))
-            self._buffer = self._file.read(_BLOCK)
+    def _skip_blanks(self) -> bool:
+        """Whether anything comes after them."""
+        while True:
+            end = _BLANKS.match(self._buffer, self._at).end()  # type: ignore[union-attr]  # it matches anything
+            self._take(end)
+            if end < len(self._buffer):
+                return True
+            self._buffer, self._at = self._file.read(_BLOCK), 0
             if not self._buffer:
-                break
-        self._take(len(self._buffer) - len(self._buffer.lstrip()))
-        return self._buffer
+                return False
 
     def cut(self) -> bytes | None:
         """The next element without the blanks around it; None where the file ends in it."""
-        if not self._refill():
+        if not self._skip_blanks():
             return None
         (self.line, self.column), self.over = self._next, False
-        head, at, depth, in_text = b"", 0, 0, False
+        head, at, depth, in_text = b"", self._at, 0, False
         while True:
             if in_text:
                 at = _INSIDE.match(self._buffer, at).end()  # type: ignore[union-attr]  # it matches anything
@@ -198,21 +204,22 @@ class _Cutter:
                 continue
             else:
                 at = len(self._buffer)
-            if at > ROW_LIMIT:  # the rest of it is looked through and forgotten
-                taken, at, self.over = self._take(at), 0, True
+            if at - self._at > ROW_LIMIT:  # the rest of it is looked through and forgotten
+                taken, self.over = self._take(at), True
                 head = head or taken[:ROW_LIMIT]
             if not (block := self._file.read(_BLOCK)):
                 return None
-            self._buffer += block
+            at -= self._at
+            self._buffer, self._at = self._buffer[self._at :] + block, 0
         self.closed = kind == b"]"
         element = self._take(at)[:-1]
         return head or element.rstrip()
 
     def rest(self) -> bytes:
-        """What follows the list."""
-        found = self._refill()
+        """What follows the list, or its beginning."""
+        self._skip_blanks()
         self.line, self.column = self._next
-        return found
+        return self._buffer[self._at :]
 
 
 def read_json_list(path: str, start: int = 0) -> Iterator[RawRow]:

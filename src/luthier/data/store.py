@@ -227,14 +227,17 @@ class StoreWriter:
             raise _at(error, self._beside / name) from error
         self._sizes[name] += len(content)
 
-    def save(self) -> None:
-        """Vouch for all that was added: after a kill, building goes on from here."""
+    def _flush(self) -> None:
         for name, file in self._files.items():
             try:
                 file.flush()
                 os.fsync(file.fileno())
             except OSError as error:
                 raise _at(error, self._beside / name) from error
+
+    def save(self) -> None:
+        """Vouch for all that was added: after a kill, building goes on from here."""
+        self._flush()
         write_json(
             self._beside / "progress.json",
             {
@@ -254,7 +257,7 @@ class StoreWriter:
 
     def finish(self) -> None:
         """Find what says the same, seal the store and put it in its place."""
-        self.save()
+        self._flush()
         self.close()
         rows = _mapped(self._beside / "rows.bin", ROW)
         signature = _mapped(self._beside / "signatures.bin", np.dtype(np.uint16)).reshape(-1, PERMUTATIONS)
@@ -275,7 +278,7 @@ class StoreWriter:
         )
         del rows, signature
         for name in ("signatures.bin", "progress.json"):
-            (self._beside / name).unlink()
+            (self._beside / name).unlink(missing_ok=True)
         if self._folder.exists():  # a damaged one, or `open_store` would have given it
             shutil.rmtree(self._folder)
         self._beside.rename(self._folder)

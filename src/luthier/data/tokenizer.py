@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from luthier.data.conversation import Turn
 from luthier.data.jinja_chat import render_chat
+from luthier.data.tokenizer_cache import About, find_tokenizer, keep_tokenizer
 from luthier.errors import DataError, ModelError
 
 __all__ = ["ChatTokenizer", "Guarded", "Tokens", "load_tokenizer"]
@@ -60,6 +61,7 @@ class ChatTokenizer:
     """A model folder's fast tokenizer, with its special tokens, stop ids and chat template.
 
     Attributes:
+        backend: the tokenizer of the tokenizers library.
         folder: where it came from.
         special: the special tokens by the names templates use (`bos_token`, `eos_token`, …).
         bos_id: the id of `bos_token`, None where the tokenizer has none.
@@ -76,15 +78,18 @@ class ChatTokenizer:
         special: Mapping[str, str | list[str]],
         eos_ids: Sequence[int],
         chat_template: str | None,
+        fingerprint: str | None = None,
     ) -> None:
+        """`fingerprint`: where it is known from before, for it takes a while."""
         # A tokenizer.json may carry a length to cut at or to pad to; both would change data silently.
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self.backend = backend
         self.folder = folder
         self.special = dict(special)
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.chat_template = chat_template
+        self._fingerprint = fingerprint
         bos = self.special.get("bos_token")
         self.bos_id: int | None = backend.token_to_id(bos) if isinstance(bos, str) else None
         self.adds_bos = self.bos_id is not None and self.bos_id in backend.encode("a").ids[:1]
@@ -99,7 +104,7 @@ class ChatTokenizer:
     @property
     def vocab_size(self) -> int:
         """How many ids there are, added tokens included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def eos_token(self) -> str | None:
@@ -107,35 +112,35 @@ class ChatTokenizer:
         own = self.special.get("eos_token")
         if isinstance(own, str):
             return own
-        return self._backend.id_to_token(self.eos_ids[0]) if self.eos_ids else None
+        return self.backend.id_to_token(self.eos_ids[0]) if self.eos_ids else None
 
     def token_id(self, text: str) -> int | None:
         """The id of a token by its text, None where there is none."""
-        return self._backend.token_to_id(text)
+        return self.backend.token_to_id(text)
 
     def token_text(self, number: int) -> str | None:
         """A token's text by its id, None where there is none."""
-        return self._backend.id_to_token(number)
+        return self.backend.id_to_token(number)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, nothing put around it. With `special`, control tokens in it are taken for what they are."""
         if special or not self.control_pattern.search(text):
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return self.backend.encode(text, add_special_tokens=False).ids
         mark, (guarded,) = self.guard([text])
         return self.encode_guarded(guarded, mark)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; with `skip_special`, special tokens are left out of it."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, control tokens taken for what they are; in parallel."""
-        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def tokens(self, texts: Sequence[Guarded]) -> Sequence[Tokens]:
         """The tokens of texts rendered from guarded contents; in parallel, and Python is free meanwhile."""
         if not any(mark for _, mark in texts):
-            return self._backend.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
+            return self.backend.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
         unmarked = [i for i, (_, mark) in enumerate(texts) if not mark]
         guarded = [i for i, (_, mark) in enumerate(texts) if mark]
         twin, secret_of, id_of = self._twin
@@ -175,15 +180,17 @@ class ChatTokenizer:
     @cached_property
     def is_control(self) -> NDArray[np.bool_]:
         """For each id, whether it is a control token's."""
-        found = np.zeros(max(self._backend.get_vocab(with_added_tokens=True).values()) + 1, dtype=np.bool_)
+        found = np.zeros(max(self.backend.get_vocab(with_added_tokens=True).values()) + 1, dtype=np.bool_)
         found[list(self.controls.values())] = True
         return found
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides ids: the tokenizer's own file, its control tokens, their names."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         settings = (sorted(self.controls.items()), sorted(self.special.items()), self.eos_ids)
-        return hashlib.sha256(f"{self._backend.to_str()}{settings}".encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(f"{self.backend.to_str()}{settings}".encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -217,12 +224,12 @@ class ChatTokenizer:
         A piece may end like a control token begins, begin like one ends, or stand inside one: a piece that is empty,
         so that one content follows another, always does.
         """
-        return any(
-            any(piece.endswith(control[:k]) for piece in pieces[:-1])
-            or any(piece.startswith(control[k:]) for piece in pieces[1:])
-            or any(piece in control[1:-1] for piece in pieces[1:-1])
-            for control in self.controls
-            for k in range(1, len(control))
+        beginnings = tuple({control[:k] for control in self.controls for k in range(1, len(control))})
+        ends = tuple({control[k:] for control in self.controls for k in range(1, len(control))})
+        return (
+            any(piece.endswith(beginnings) for piece in pieces[:-1])
+            or any(piece.startswith(ends) for piece in pieces[1:])
+            or any(piece in control[1:-1] for piece in pieces[1:-1] for control in self.controls)
         )
 
     def encode_guarded(self, text: str, mark: str) -> list[int]:
@@ -239,7 +246,7 @@ class ChatTokenizer:
 
         The secret is drawn at random, so no row can be written to contain it; it never shows in any result.
         """
-        document = json.loads(self._backend.to_str())
+        document = json.loads(self.backend.to_str())
         document["post_processor"] = None  # it names special tokens, and adds nothing here
         secret = secrets.token_hex(8)
         secret_of: dict[str, str] = {}
@@ -298,10 +305,22 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     Raises:
         ModelError: there is no tokenizer, it cannot be read, or it is not of the fast kind.
     """
-    from transformers import AutoTokenizer  # here: it takes a second, and most of this module does without
-
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json)", "put the model's tokenizer files there")
+    kept = find_tokenizer(folder)
+    if kept is not None:
+        backend, about = kept
+        return ChatTokenizer(backend, folder, about.special, about.eos_ids, about.chat_template, about.fingerprint)
+    made = _load(folder)
+    about = About(made.special, made.eos_ids, made.chat_template, made.fingerprint)
+    keep_tokenizer(folder, made.backend, about)
+    return made
+
+
+def _load(folder: Path) -> ChatTokenizer:
+    """By transformers, which knows what each model's files mean."""
+    from transformers import AutoTokenizer  # here: it takes seconds
+
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the one place where transformers' and tokenizers' many kinds of error are mapped
