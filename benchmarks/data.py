@@ -164,7 +164,6 @@ def fill(path: Path, tokenizer: Path, scratch: Path) -> dict[str, object]:
 
 def check(path: Path, tokenizer: Path, scratch: Path) -> dict[str, object]:
     from luthier.data.problems import BadRow
-
     from luthier.data.sources import open_sources
     from luthier.recipe.schema import DataSource
 

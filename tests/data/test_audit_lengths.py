@@ -22,7 +22,7 @@ def store_of(masks: list[list[bool]]) -> Store:
     rows["offset"] = np.cumsum(rows["length"]) - rows["length"]
     trained = np.array([token for mask in masks for token in mask], dtype=np.uint8)
     none = np.zeros(0, dtype=np.int32)
-    return Store(Path(), rows, none, trained, none.astype(np.int64), Counts(), "")
+    return Store(Path(), rows, none, trained, trained[:0], none.astype(np.int64), Counts(), "")
 
 
 MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=40).map(lambda mask: [False, *mask[1:]]), min_size=1)

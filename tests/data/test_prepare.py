@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 
+from luthier.data.build import build_store
 from luthier.data.conversation import IGNORED
 from luthier.data.prepare import limit_length, prepare, rejected_rows
+from luthier.data.store import StoreWriter
 from luthier.data.tokenizer import ChatTokenizer, load_tokenizer
-from luthier.errors import DataError, UsageError
+from luthier.errors import DataError, Interrupted, UsageError
 from luthier.recipe.schema import Recipe
 from luthier.runs import read_json, write_json
 from tests import tiny
@@ -315,3 +317,76 @@ def test_the_prompt_of_a_held_out_row_is_known_whatever_is_trained(tmp_path, tok
             prompt, answer = one.ids[: one.answer_start].tolist(), one.ids[one.answer_start :].tolist()
             assert tokenizer.decode(prompt).endswith("<|end_header_id|>\n\n")
             assert tokenizer.decode(answer) == f"It is {one.row + 1}.<|eot_id|>"
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_store(tmp_path, tokenizer, monkeypatch):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(50))
+    whole = build_store
+
+    def disturbed(*given):
+        with path.open("a", encoding="utf-8") as file:
+            file.write('{"question": "more", "answer": "rows"}\n')
+        whole(*given)
+
+    monkeypatch.setattr("luthier.data.prepare.build_store", disturbed)
+    with pytest.raises(DataError, match="a file of the data was changed while it was read"):
+        prepare(recipe(path), tokenizer)
+    monkeypatch.setattr("luthier.data.prepare.build_store", whole)
+    assert prepare(recipe(path), tokenizer).report.rows == 51
+
+
+def test_an_interrupt_at_any_part_loses_and_doubles_nothing(tmp_path, tokenizer, monkeypatch):
+    rows = [*questions(300), *({"question": "bad", "answer": ""} for _ in range(10))]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr("luthier.data.build._SAVE_SECONDS", 0.0)
+    whole = StoreWriter._append
+    for stop in range(1, 18, 3):
+        monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / f"cache{stop}"))
+        calls = 0
+
+        def interrupted(self, name, content, stop=stop):
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KeyboardInterrupt
+            whole(self, name, content)
+
+        monkeypatch.setattr(StoreWriter, "_append", interrupted)
+        with pytest.raises(Interrupted, match="stopped while the data was prepared") as caught:
+            prepare(recipe(path, on_bad_row="skip"), tokenizer)
+        assert "it goes on from there" in str(caught.value.remedy)
+        monkeypatch.setattr(StoreWriter, "_append", whole)
+        found = prepare(recipe(path, on_bad_row="skip"), tokenizer)
+        assert (found.report.rows, found.report.rejected) == (310, 10)
+        assert sorted([*found.train.rows.tolist(), *found.eval.rows.tolist()]) == list(range(300))
+
+
+def test_the_kind_of_file_is_part_of_what_a_store_is_made_from(tmp_path, tokenizer):
+    (tmp_path / "rows.csv").write_text("text\none\ntwo\nthree\n", encoding="utf-8")
+    (tmp_path / "rows.txt").write_text("text\none\ntwo\nthree\n", encoding="utf-8")
+    assert prepare(recipe(tmp_path / "rows.csv"), tokenizer).report.rows == 3
+    assert prepare(recipe(tmp_path / "rows.txt"), tokenizer).report.rows == 1
+
+
+def test_split_by_is_of_the_rows_own_keys(tmp_path, tokenizer):
+    def row(number: int, **more: str) -> dict[str, object]:
+        turns = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "A number."}]
+        return {"messages": turns, **more}
+
+    path = tiny.write_rows(tmp_path / "chats.jsonl", [row(n, user=f"u{n % 2}") for n in range(40)])
+    found = prepare(recipe(path, split_by="user"), tokenizer)
+    assert len(set(found.store.rows["group_key"].tolist())) == 2
+    bare = tiny.write_rows(tmp_path / "bare.jsonl", [row(n) for n in range(40)])
+    with pytest.raises(DataError, match="the row has no text under 'user'"):
+        prepare(recipe(bare, split_by="user"), tokenizer)
+    asked = tiny.write_rows(tmp_path / "asked.jsonl", [{"ask": f"{n % 5}?", "answer": str(n)} for n in range(40)])
+    source = {"path": str(asked), "fields": {"question": "ask"}}
+    assert len(set(prepare(recipe([source], split_by="ask"), tokenizer).store.rows["group_key"].tolist())) == 5
+
+
+def test_a_template_that_leaves_the_answer_out_is_noted(tmp_path, tokenizer):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", questions(20))
+    found = prepare(recipe(path, template="Q: {question}"), tokenizer)
+    assert any("the template does not use `answer`" in note for note in found.report.notes)
+    found = prepare(recipe(path, template="Q: {question}\nA: {answer}"), tokenizer)
+    assert not any("does not use" in note for note in found.report.notes)

@@ -364,3 +364,16 @@ def test_real_rows_are_what_transformers_makes_of_them(shared, tmp_path, source)
         if marks:
             trained = [int(label != IGNORED) for label in found.labels]
             assert trained == expected["assistant_masks"][number]
+
+
+def test_a_beginning_of_text_token_that_opens_every_turn_is_not_counted(tmp_path):
+    """SmolLM2's: its BOS is the token before each role, and its tokenizer does not add it."""
+    make_chat_tokenizer(tmp_path / "t", CHATML)
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["bos_token"] = "<|start_header_id|>"
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    template = make_template("model", load_tokenizer(tmp_path / "t"))
+    assert template.tokenizer.bos_id is not None
+    assert not template.tokenizer.adds_bos
+    found = template.encode(Conversation((Turn("user", "Hi"), Turn("assistant", "Hello", True)), Source("f", 1)))
+    assert found.ids.tolist().count(template.tokenizer.bos_id) == 2

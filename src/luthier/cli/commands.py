@@ -88,7 +88,9 @@ def demo(
 
 
 def init(
-    data: Annotated[str | None, typer.Option(help="Your rows: a JSONL file, or pirate or tales.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your rows: a file, a folder, a data set on the hub, or pirate or tales.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The base: a hub id, a folder, or sprig.")] = None,
     preset: Annotated[str | None, typer.Option(help="Start from a preset (luthier presets lists them).")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write here instead of to stdout.")] = None,
@@ -98,7 +100,7 @@ def init(
     from luthier.recipe.init import commented_recipe
     from luthier.runs import write_text
 
-    text = commented_recipe(data, model, preset)
+    text = commented_recipe(None if data is None else _named_from(data, out), model, preset)
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -107,6 +109,23 @@ def init(
     write_text(out, text)
     name = escape(str(out))
     console.say(f"wrote {name}. Next: luthier plan {name}, then luthier run {name}")
+
+
+def _named_from(data: str, out: Path | None) -> str:
+    """What a recipe at `out` calls the data: its paths are taken from where it lies. Refuses what is not there."""
+    import os
+
+    from luthier.errors import UsageError
+    from luthier.recipe.places import reads_as_hub_set
+    from luthier.recipe.schema import BUNDLED_DATA
+
+    if data in BUNDLED_DATA:
+        return data
+    if not os.path.exists(data):
+        if reads_as_hub_set(data):
+            return data
+        raise UsageError(f"there is no file {data}", "name your rows; luthier data check looks at them")
+    return data if out is None or os.path.isabs(data) else os.path.relpath(data, out.parent)
 
 
 def presets(as_json: Json = False) -> None:
@@ -142,9 +161,10 @@ def train(
     recipe: RecipeFile, out: Out = None, resume: Resume = False, sets: Sets = None, as_json: Json = False
 ) -> None:
     """Tune an adapter as the recipe says."""
-    from luthier.cli import stages
+    from luthier.cli import show, stages
 
     prepared, directory = _start(recipe, out, sets, resume)
+    show.data(prepared)
     result, _ = stages.train(prepared, directory, resume=resume)
     if as_json:
         console.print_json(stages.train_document(result))

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.cli import console
-from luthier.cli.targets import UNTRAINED_REMEDY, find_tokenizer, is_recipe, read_target, untrained_names
+from luthier.cli.targets import UNTRAINED_REMEDY, find_tokenizer, is_recipe, read_target, say_waiting, untrained_names
 from luthier.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def check(target: str, model: str | None, sets: list[str] | None, as_json: bool)
     Ends with exit code 3 where training would stop at the data.
     """
     from luthier.data.audit import Finding, Told, as_document, audit
+    from luthier.model.config import read_config
 
     recipe = read_target(target, model, sets or ())
     base, tokenizer = find_tokenizer(recipe.model)
@@ -58,9 +59,10 @@ def check(target: str, model: str | None, sets: list[str] | None, as_json: bool)
         told = Told(  # two passes over the same rows, one bar
             preparing=lambda done, total: advance(done, 2 * total),
             reading=lambda done, total: advance(total + done, 2 * total),
-            waiting=lambda: console.say("another luthier is preparing the same data; waiting for it …"),
+            waiting=say_waiting,
         )
-        made = audit(recipe, tokenizer, told)
+        positions = read_config(base).max_positions if (base / "config.json").is_file() else None
+        made = audit(recipe, tokenizer, told, positions)
     if made.dataset is not None and (names := untrained_names(base, made.dataset.template)):
         reason = (
             f"the model was never trained on {', '.join(names)}, which the template writes, and LoRA does not train "
@@ -296,7 +298,9 @@ def _print_end(made: Audit, target: str) -> None:
     counted = Counter(finding.severity for finding in made.findings)
     named = [_counted(counted[kind], kind) for kind in ("error", "warning", "note") if counted[kind]]
     if made.failed:
-        verdict = f"[bold red]Training would stop at this data[/]: {', '.join(named)}."
+        verdict = f"[bold red]Training would stop at this data[/]: {', '.join(named)}. Correct the rows and check again"
+        skip = made.dataset is not None and made.rejected
+        verdict += ", or train without them: `on_bad_row: skip`." if skip else "."
     elif counted["warning"]:
         verdict = f"[yellow]This data can be trained on, but look at the warnings first[/]: {', '.join(named)}."
     else:
@@ -307,7 +311,8 @@ def _print_end(made: Audit, target: str) -> None:
         name = escape(target)
         following = f"luthier plan {name}" if is_recipe(target) else f"luthier init --data {name} --out recipe.yaml"
         console.output.print(f"[dim]to see the rows as the model will:[/] luthier data show {name}", soft_wrap=True)
-        console.output.print(f"[dim]to go on:[/] {following}", soft_wrap=True)
+        then = f"[dim]and then:[/] luthier data check {name}" if made.failed else f"[dim]to go on:[/] {following}"
+        console.output.print(then, soft_wrap=True)
 
 
 def _counted(number: int, word: str) -> str:

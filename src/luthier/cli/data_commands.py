@@ -1,4 +1,7 @@
-"""`luthier data check` and `luthier data show`: their options and help."""
+"""`luthier data check` and `luthier data show`: their options and help.
+
+`show` has more arguments than the rule allows: they are its command line, each documented where it stands.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.markup import escape
 
 from luthier.cli import console
-from luthier.cli.targets import find_tokenizer, read_target
+from luthier.cli.targets import find_tokenizer, read_target, say_waiting
 from luthier.errors import UsageError
 from luthier.runs import SCHEMA_VERSION, RunDirectory, write_text
 
@@ -100,6 +100,8 @@ def _check(options: ShowOptions) -> None:
         raise UsageError(f"{chosen[0]} names the row; --rows, --split and --packed choose others", "leave them out")
     if options.packed and options.split not in (None, "train"):
         raise UsageError(f"only what is trained on is packed, not --split {options.split}", "leave out --split")
+    if options.html is not None and not options.html.parent.is_dir():
+        raise UsageError(f"there is no folder {options.html.parent} for the page", "make it, or choose another place")
     if options.rows is not None and options.rows < 1:
         raise UsageError("--rows must be 1 or more", "--rows 3")
 
@@ -111,7 +113,7 @@ def _prepared(recipe: Recipe, target: str, options: ShowOptions) -> Dataset:
     skipping = recipe.model_copy(update={"on_bad_row": "skip"})
     base, tokenizer = find_tokenizer(recipe.model)
     with console.counting("reading the data") as advance:
-        dataset = prepare(skipping, tokenizer, progress=advance)
+        dataset = prepare(skipping, tokenizer, progress=advance, waiting=say_waiting)
     dataset = limit_length(dataset, _max_length(recipe, dataset, base, packed=options.packed))
     if dataset.report.rejected:
         stops = "; training stops at them" if recipe.on_bad_row == "stop" else ""

@@ -16,7 +16,7 @@ import orjson
 
 from luthier.cli import console
 from luthier.cli.loading import unfinished
-from luthier.cli.targets import UNTRAINED_REMEDY, untrained_names
+from luthier.cli.targets import UNTRAINED_REMEDY, say_waiting, untrained_names
 from luthier.errors import DataError, UsageError
 from luthier.recipe.load import dump_recipe
 from luthier.runs import SCHEMA_VERSION, RunDirectory, read_json, write_json, write_text
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe) -> Prepared:
     base = locate_model(recipe.model)
     config = read_config(base)
     with console.counting("reading the data") as advance:
-        dataset = prepare_data(recipe, load_tokenizer(base), progress=advance, waiting=_say_waiting)
+        dataset = prepare_data(recipe, load_tokenizer(base), progress=advance, waiting=say_waiting)
     if names := untrained_names(base, dataset.template):
         note = f"the model was never trained on {', '.join(names)}, which the template writes: {UNTRAINED_REMEDY}"
         report = dataset.report
@@ -108,10 +108,6 @@ def _facts(dataset: Dataset) -> DataFacts:
         labelled_tokens=round(float((dataset.train.labelled * dataset.train.weights).sum())),
         epoch=epoch,
     )
-
-
-def _say_waiting() -> None:
-    console.say("another luthier is preparing the same data; waiting for it …")
 
 
 def reopen(path: Path) -> tuple[RunDirectory, Recipe]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.cli import console
 from luthier.recipe.schema import BUNDLED_MODEL
 from luthier.runs import RunDirectory
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.data.tokenizer import ChatTokenizer
     from luthier.recipe.schema import Recipe
 
-__all__ = ["UNTRAINED_REMEDY", "find_tokenizer", "is_recipe", "read_target", "untrained_names"]
+__all__ = ["UNTRAINED_REMEDY", "find_tokenizer", "is_recipe", "read_target", "say_waiting", "untrained_names"]
 
 UNTRAINED_REMEDY = "take the Instruct version of the model, or `template: alpaca`, which needs none of them"
 """What to do where a template's tokens were never trained."""
@@ -53,6 +54,11 @@ def find_tokenizer(model: str) -> tuple[Path, ChatTokenizer]:
     if model == BUNDLED_MODEL or not (folder / "tokenizer.json").is_file():
         folder = locate_model(model)
     return folder, load_tokenizer(folder)
+
+
+def say_waiting() -> None:
+    """Where another process is at work on the same data."""
+    console.say("another luthier is preparing the same data; waiting for it …")
 
 
 def untrained_names(base: Path, template: Template) -> list[str]:

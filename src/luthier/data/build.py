@@ -29,6 +29,7 @@ from luthier.data.render import Template
 from luthier.data.sources import OpenSource
 from luthier.data.split import content_key, value_key
 from luthier.data.store import ROW, Part, Rejected, StoreWriter
+from luthier.errors import Interrupted
 
 __all__ = ["Progress", "build_store"]
 
@@ -57,33 +58,43 @@ class _Chunk:
 
 
 def build_store(
-    folder: Path, sources: Sequence[OpenSource], template: Template, split_by: str | None, progress: Progress | None
+    folder: Path,
+    sources: Sequence[OpenSource],
+    template: Template,
+    split_by: str | None,
+    progress: Progress | None,
+    unchanged: Callable[[], None],
 ) -> None:
     """Make the store in `folder`, or go on making it. Hold `store.building(folder)`.
 
-    A SIGINT leaves what was done to be gone on with.
+    `unchanged` is called when all is read, and raises where the sources are no longer what they were.
+
+    Raises:
+        Interrupted: SIGINT came; what was saved is gone on with at the next start.
     """
     writer = StoreWriter(folder)
     if not writer.counts.read:
         writer.counts.read, writer.counts.rejected = [0] * len(sources), [0] * len(sources)
-    keep_fields = [source.recipe.split != "train" for source in sources]
     loses_systems = "{" in template.name and "{system}" not in template.name
     meter = _Meter(sources, progress)
     saved = time.monotonic()
     try:
         with _all_cores(), _without_collections():
             for chunk, encoded in _encoded(_chunks(sources, writer.source, writer.row, split_by), template):
-                writer.add(_part(chunk, encoded, keep_fields[chunk.source], split_by))
+                writer.add(_part(chunk, encoded, sources[chunk.source], split_by))
                 _count(writer, chunk, encoded, loses_systems)
                 meter.tell(chunk, sum(writer.counts.read))
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     writer.save()
                     gc.collect()
                     saved = time.monotonic()
+        unchanged()
         writer.finish()
-    except KeyboardInterrupt:
-        writer.save()
-        raise
+    except KeyboardInterrupt as stop:  # nothing is saved here: it may have come in the middle of a part
+        raise Interrupted(
+            f"stopped while the data was prepared, at row {sum(writer.counts.read):,}",
+            "run the same command again: it goes on from there, but for the last few seconds",
+        ) from stop
     finally:
         writer.close()
     if progress is not None:
@@ -128,14 +139,15 @@ def _chunks(sources: Sequence[OpenSource], source: int, row: int, split_by: str 
         for found in sources[number].rows(start):
             if isinstance(found, BadRow):
                 chunk.bad.append(found)
-            elif split_by is not None and split_by not in found.fields:
+            elif split_by is not None and _split_value(found, sources[number], split_by) is None:
                 chunk.bad.append(_without_key(found, chunk.end, split_by))
             else:
                 chunk.conversations.append(found)
                 chunk.ordinals.append(chunk.end)
                 chunk.characters += sum([len(turn.content) for turn in found.turns])
+                chunk.characters += sum(map(len, found.fields.values()))  # columns that no template names, too
             chunk.end += 1
-            if len(chunk.conversations) >= most or chunk.characters >= _CHUNK_CHARACTERS:
+            if len(chunk.conversations) + len(chunk.bad) >= most or chunk.characters >= _CHUNK_CHARACTERS:
                 yield chunk
                 chunk = _Chunk(number, chunk.end)
                 most = min(2 * most, _CHUNK_ROWS)
@@ -156,7 +168,16 @@ def _encoded(chunks: Iterator[_Chunk], template: Template) -> Iterator[tuple[_Ch
             yield done, template.label(tokenized.result())
 
 
-def _part(chunk: _Chunk, encoded: EncodedChunk, keep_fields: bool, split_by: str | None) -> Part:
+def _split_value(conversation: Conversation, source: OpenSource, split_by: str) -> str | None:
+    """The row's value of the key that `split_by` names as the user's file does; None where it has none."""
+    renamed = {theirs: ours for ours, theirs in source.recipe.fields.items()}
+    value = conversation.fields.get(renamed.get(split_by, split_by))
+    if source.format in ("messages", "sharegpt") and any(value is turn.content for turn in conversation.turns):
+        return None  # a name that formats.py gives a turn, and no key of the row
+    return value
+
+
+def _part(chunk: _Chunk, encoded: EncodedChunk, source: OpenSource, split_by: str | None) -> Part:
     good = [i for i in range(len(chunk.conversations)) if i not in encoded.faults]
     conversations = chunk.conversations if not encoded.faults else [chunk.conversations[i] for i in good]
     rows = np.zeros(len(conversations), dtype=ROW)
@@ -171,9 +192,10 @@ def _part(chunk: _Chunk, encoded: EncodedChunk, keep_fields: bool, split_by: str
     rows["line"] = np.fromiter((c.source.line for c in conversations), dtype=np.int64, count=len(conversations))
     rows["content"] = np.frombuffer(b"".join(map(content_key, conversations)), dtype=">u8")
     if split_by is not None:
-        keys = b"".join(value_key(conversation.fields[split_by]) for conversation in conversations)
+        values = (_split_value(conversation, source, split_by) for conversation in conversations)
+        keys = b"".join(value_key(value) for value in values if value is not None)
         rows["group_key"] = np.frombuffer(keys, dtype=">u8")
-    fields = [orjson.dumps(dict(c.fields)) for c in conversations] if keep_fields else []
+    fields = [orjson.dumps(dict(c.fields)) for c in conversations] if source.recipe.split != "train" else []
     rows["fields_size"] = np.fromiter(map(len, fields), dtype=np.int32) if fields else 0
     return Part(
         rows=rows,

@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from luthier.errors import UsageError
@@ -82,5 +83,6 @@ def remove_unused(stores: Path) -> None:
     """Remove the stores in this folder, whole or half-built, that were not used for 30 days."""
     oldest = time.time() - _UNUSED_DAYS * 24 * 3600
     for store in stores.iterdir():
-        if store.is_dir() and store.stat().st_mtime < oldest:
-            shutil.rmtree(store, ignore_errors=True)  # another process may be at it too
+        with suppress(FileNotFoundError):  # another process may be at it too
+            if store.is_dir() and store.stat().st_mtime < oldest:
+                shutil.rmtree(store, ignore_errors=True)

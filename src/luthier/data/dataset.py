@@ -40,8 +40,8 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Reading:
-    """How examples are read from the store: the weight of what is not trained, the BOS that begins a later part of a
-    row (None: rows have none), and whether the rows' fields come with them."""
+    """How examples are read from the store: the weight of what is not trained, the tokenizer's BOS (None: it has none),
+    and whether the rows' fields come with them."""
 
     prompt_weight: float = 0.0
     bos: int | None = None
@@ -66,14 +66,16 @@ class Examples(Sequence[Example]):
 
     @property
     def bos(self) -> int | None:
-        """The token that a later part of a row begins with, None for none."""
+        """The token that a later part of a row begins with where the row does, None for none."""
         return self._reading.bos
 
     @cached_property
     def _continues(self) -> NDArray[np.bool_]:
         if self._reading.bos is None:
             return np.zeros(len(self), dtype=np.bool_)
-        return self.cuts.start > 0
+        first = np.asarray(self._store.ids[self._store.rows["offset"][self.cuts.row]])
+        found: NDArray[np.bool_] = (self.cuts.start > 0) & (first == self._reading.bos)
+        return found
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:

@@ -135,9 +135,10 @@ def _chat(key: str, layout: TurnLayout) -> Reader:
         texts = _written(fields) if len(fields) > 1 else {}
         spoken = turns[1:] if turns[0][0] == "system" else turns
         if len(spoken) == 2:
-            # One question and one answer: a text template can name them, as it can the columns of a flat row.
-            texts["system"] = "" if spoken is turns else turns[0].content
-            texts["user"], texts["assistant"] = spoken[0][1], spoken[1][1]
+            # One question and one answer: a text template can name them, as it can the columns of a flat row. A column
+            # of the row's own by such a name is what its author meant by it.
+            said = {"system": "" if spoken is turns else turns[0].content, "user": spoken[0][1]}
+            texts = {**said, "assistant": spoken[1][1], **texts}
         return _make(Conversation, (turns, source, texts, False))
 
     return read

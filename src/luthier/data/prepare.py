@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from luthier.data.build import Progress, build_store
 from luthier.data.cache import cache_folder, content_digest, mark_used, remove_unused
 from luthier.data.dataset import Cuts, Dataset, Examples, Places, Reading
+from luthier.data.duplicates import FORM
+from luthier.data.formats import FORMATS
 from luthier.data.length import limit_side
 from luthier.data.problems import RowProblem
 from luthier.data.render import Template, make_template
@@ -28,6 +31,7 @@ from luthier.data.report import SHOWN_EXCLUDED, DataReport, Duplicates, Excluded
 from luthier.data.sources import SHOWN_PROBLEMS, OpenSource, open_sources
 from luthier.data.split import SIDES, Placed, Split, split_rows
 from luthier.data.store import Store, building, open_store
+from luthier.data.text_template import parse_text_template
 from luthier.data.tokenizer import ChatTokenizer
 from luthier.errors import DataError
 from luthier.recipe.schema import Recipe
@@ -81,6 +85,7 @@ def prepare(
     if template.name != recipe.template:
         notes.append("all rows are plain text: they are learned as they are, without a chat template")
     duplicates = Duplicates(store.counts.exact, store.counts.near, _leaked(store, sides))
+    notes += _unused_answers(recipe, sources)
     notes += [*(note for source in sources for note in source.notes), *split_notes, *_notes(store, sides, duplicates)]
     report = DataReport(
         sources=tuple(_source_report(source, store, i) for i, source in enumerate(sources)),
@@ -124,8 +129,14 @@ def _store(
     progress: Progress | None,
     waiting: Callable[[], None],
 ) -> Store:
-    folder = cache_folder("tokens") / _key(recipe, sources, template)
+    key = _key(recipe, sources, template)
+    folder = cache_folder("tokens") / key
     store = open_store(folder)
+
+    def unchanged() -> None:
+        if _key(recipe, sources, template) != key:
+            raise DataError("a file of the data was changed while it was read", "run the same command again")
+
     if store is not None:
         mark_used(folder)
         return store
@@ -133,7 +144,7 @@ def _store(
     with building(folder, waiting):
         store = open_store(folder)  # another process may have built it meanwhile
         if store is None:
-            build_store(folder, sources, template, recipe.split_by, progress)
+            build_store(folder, sources, template, recipe.split_by, progress, unchanged)
             store = open_store(folder)
     if store is None:
         raise DataError(f"what was just written to {folder} is not there as it was written", "check the disk")
@@ -143,11 +154,14 @@ def _store(
 def _key(recipe: Recipe, sources: Sequence[OpenSource], template: Template) -> str:
     """What the tokens are made from, and nothing else: where a file lies does not change them."""
     made_from = [
-        STORE_VERSION,
+        [STORE_VERSION, version("tokenizers"), version("rensa")],
         template.fingerprint,
         template.tokenizer.fingerprint,
         recipe.split_by,
-        [[_digest(s), s.format, sorted(s.recipe.fields.items()), s.recipe.split == "train"] for s in sources],
+        [
+            [_digest(s), s.recognised, s.format, sorted(s.recipe.fields.items()), s.recipe.split == "train"]
+            for s in sources
+        ],
     ]
     return hashlib.sha256(orjson.dumps(made_from)).hexdigest()[:32]
 
@@ -169,6 +183,9 @@ def _refuse_bad_rows(recipe: Recipe, kept: Kept) -> None:
     if rejected == 0 or (recipe.on_bad_row == "skip" and rejected < read):
         return
     first = list(islice(rejected_rows(kept.sources, kept.store), SHOWN_PROBLEMS))
+    if rejected == read and read > 1 and len({problem.reason for problem in first}) == 1:
+        message = f"none of the {read:,} rows can be used, the first of them because"
+        raise DataError(f"{message}:\n  {first[0].as_problem()}", first[0].remedy)
     shown = f"; the first {SHOWN_PROBLEMS} are" if rejected > SHOWN_PROBLEMS else ""
     if rejected == read:
         message, remedy = f"none of the {read:,} rows can be used{shown}:", "correct the file, or say how to read it"
@@ -197,17 +214,28 @@ def _dataset(
 ) -> tuple[Examples, Examples, Examples]:
     weight = np.array([source.recipe.weight for source in sources])[store.rows["source"]]
     bos = template.tokenizer.bos_id
-    begins = len(store.ids) > 0 and int(store.ids[0]) == bos
     made: list[Examples] = []
     for number, side in enumerate(SIDES):
         row = np.flatnonzero(sides == number)
         stop = store.rows["length"][row].astype(np.int32)
         cuts = Cuts(row, np.zeros(len(row), dtype=np.int32), stop)
         train = side == "train"
-        reading = Reading(recipe.prompt_loss_weight if train else 0.0, bos if begins else None, fields=not train)
+        reading = Reading(recipe.prompt_loss_weight if train else 0.0, bos, fields=not train)
         made.append(Examples(store, cuts, weight[row] if train else np.ones(len(row)), reading))
     train_rows, held_out, test = made
     return train_rows, held_out, test
+
+
+def _unused_answers(recipe: Recipe, sources: Sequence[OpenSource]) -> list[str]:
+    """A text template that learns something else than what the rows' format calls the answer."""
+    if "{" not in recipe.template:
+        return []
+    named = parse_text_template(recipe.template).fields
+    found = {FORMATS[source.format].required[-1] for source in sources if len(FORMATS[source.format].required) == 2}
+    return [
+        f"the template does not use `{answer}`, which is the answer of these rows: what it teaches is {{{named[-1]}}}"
+        for answer in sorted(found - set(named))
+    ]
 
 
 def _leaked(store: Store, sides: NDArray[np.int8]) -> int:
@@ -230,7 +258,7 @@ def _notes(store: Store, sides: NDArray[np.int8], duplicates: Duplicates) -> lis
         )
     if counts.forms:
         notes.append(
-            f"{counts.forms:,} rows are one form with different words in it (near in wording to over 50 others): "
+            f"{counts.forms:,} rows are one form with different words in it (near in wording to over {FORM} others): "
             "each is cut by its own content"
         )
     if counts.systems_lost:
@@ -286,10 +314,14 @@ def limit_length(dataset: Dataset, max_length: int) -> Dataset:
     if not len(limited["train"].examples):
         raise _nothing_left(dataset, max_length)
     left_out = sorted(row for side in limited.values() for row in side.left_out)
+    notes = dataset.report.notes
+    if len(dataset.eval) and not len(limited["eval"].examples):
+        notes += (f"all held-out rows are longer than {max_length:,} tokens and left out: nothing can be measured",)
     report = replace(
         dataset.report,
         max_length=max_length,
         splits={side: _split_report(found.examples, found.truncated, found.pieces) for side, found in limited.items()},
+        notes=notes,
         excluded_rows=len(left_out),
         excluded=tuple(Excluded(*dataset.places[row], why) for row, why in left_out[:SHOWN_EXCLUDED]),
     )

@@ -62,7 +62,12 @@ def format_of(source: DataSource, where: str, rows: Sequence[Fields]) -> tuple[s
         DataError: they are of no known format, or `fields` names a key that none of them has.
     """
     for ours, theirs in source.fields.items():
-        if not any(theirs in row for row in rows):
+        needed = source.format == "auto" or ours in FORMATS[source.format].required
+        if (
+            needed
+            and not any(theirs in row for row in rows)
+            and any(ours in form.required for form in FORMATS.values())
+        ):
             raise _no_such_key(source, ours, theirs, rows[0])
     if source.format != "auto":
         return source.format, "as the recipe says"

@@ -221,8 +221,10 @@ class Template:
     def _rules(self) -> Rules:
         tokenizer = self.tokenizer
         ends = (self.end_of_turn, tokenizer.controls[self._document_end()])
-        # Where one token serves as BOS and as end, its count says nothing.
-        bos = None if tokenizer.bos_id in self.stop_ids else tokenizer.bos_id
+        # Where one token serves as BOS and as end, or opens every turn (SmolLM2's), its count says nothing.
+        text = self._special.get("bos_token")
+        opens_turns = isinstance(text, str) and not tokenizer.adds_bos and self._render(_probe(), False).count(text) > 1
+        bos = None if tokenizer.bos_id in self.stop_ids or opens_turns else tokenizer.bos_id
         return Rules(ends, bos, tokenizer.adds_bos, self.train_on == "all")
 
     @cached_property

@@ -81,9 +81,9 @@ def split_rows(rows: Placed, split: SplitRecipe) -> tuple[NDArray[np.int8], list
         rows_are = "row is" if joined == 1 else "rows are"
         why = "held out because a row that says nearly the same is"
         notes.append(f"{joined:,} {rows_are} {why} (split.near_duplicates: anywhere would cut them apart)")
-    if held_out > 0 and not (sides == _EVAL).any():
+    if len(free) and held_out > 0 and not (sides == _EVAL).any():
         notes += _take_one(sides, free, u, group, _EVAL)
-    if not (sides == _TRAIN).any():
+    if len(free) and not (sides == _TRAIN).any():
         notes += _take_one(sides, free, u, group, _TRAIN)
     return sides, notes
 

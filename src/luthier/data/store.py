@@ -104,16 +104,15 @@ class Store:
     rows: NDArray[np.void]
     ids: NDArray[np.int32]
     trained: NDArray[np.uint8]
+    texts: NDArray[np.uint8]
     group: NDArray[np.int64]
     counts: Counts
     digest: str
 
     def fields(self, row: int) -> dict[str, str]:
         """The text fields of a row."""
-        record = self.rows[row]
-        with (self.folder / "fields.bin").open("rb") as file:
-            file.seek(int(record["fields_at"]))
-            found: dict[str, str] = orjson.loads(file.read(int(record["fields_size"])) or b"{}")
+        start, size = int(self.rows["fields_at"][row]), int(self.rows["fields_size"][row])
+        found: dict[str, str] = orjson.loads(self.texts[start : start + size].tobytes() or b"{}")
         return found
 
     def rejected(self) -> Iterator[Rejected]:
@@ -145,6 +144,7 @@ def open_store(folder: Path) -> Store | None:
         rows=_mapped(folder / "rows.bin", ROW),
         ids=_mapped(folder / "ids.bin", np.dtype(np.int32)),
         trained=_mapped(folder / "trained.bin", np.dtype(np.uint8)),
+        texts=_mapped(folder / "fields.bin", np.dtype(np.uint8)),
         group=_mapped(folder / "group.bin", np.dtype(np.int64)),
         counts=Counts(**document["counts"]),
         digest=document["digest"],

@@ -25,6 +25,9 @@ from luthier.runs import atomic_folder, write_json
 
 __all__ = ["About", "find_tokenizer", "keep_tokenizer"]
 
+_VERSION = 1
+"""Raised when ours makes other things of the same files."""
+
 _FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json"),
@@ -45,7 +48,7 @@ _ABOUT = TypeAdapter(About)
 
 
 def _place(folder: Path) -> Path:
-    found = hashlib.sha256(f"{version('transformers')};{version('tokenizers')}".encode())
+    found = hashlib.sha256(f"{_VERSION};{version('transformers')};{version('tokenizers')}".encode())
     for name in _FILES:
         if (folder / name).is_file():
             found.update(f";{name};".encode() + hashlib.sha256((folder / name).read_bytes()).digest())

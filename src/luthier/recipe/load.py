@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from luthier.errors import Problem, RecipeError
 from luthier.recipe.document import DEEPEST, Key, Keys, read_document, write_document
 from luthier.recipe.expects import dotted, expected, found, is_section, nearest, settings_under
-from luthier.recipe.places import reads_as_hub_set
+from luthier.recipe.places import DATA_ENDINGS, ending_of, reads_as_hub_set
 from luthier.recipe.rules import breaches
 from luthier.recipe.schema import BUNDLED_DATA, BUNDLED_MODEL, Recipe, as_sources
 
@@ -54,6 +54,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with all problems of file and overrides.
     """
     where = str(path)
+    if ending_of(where) in DATA_ENDINGS:
+        remedy = f"luthier init --data {path} --out recipe.yaml writes a recipe for it"
+        raise RecipeError([Problem(where, None, "this is data, not a recipe", remedy)])
     document = read_document(_read(path), where)
     if document.problems:
         raise RecipeError([*document.problems, *_check_overrides_alone(overrides)])

@@ -12,6 +12,7 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from luthier.recipe.places import reads_as_hub_set
 from luthier.recipe.schema import BUNDLED_DATA, KNOWN_TASKS, NAMED_TEMPLATES, Recipe
 
 __all__ = ["RULES", "Breach", "breaches"]
@@ -111,10 +112,11 @@ def _prompt_weight_has_prompts(recipe: Recipe) -> Iterator[Breach]:
 
 def _hub_settings_of_a_hub_set(recipe: Recipe) -> Iterator[Breach]:
     for place, source in enumerate(recipe.data):
-        if source.path in BUNDLED_DATA and (source.subset is not None or source.stream or source.hub_split != "train"):
+        hub = reads_as_hub_set(source.path) and source.path not in BUNDLED_DATA
+        if not hub and (source.subset is not None or source.stream or source.hub_split != "train"):
             yield Breach(
                 (("data", place),),
-                f"`{source.path}` is bundled: subset, hub_split and stream are for data sets on the hub",
+                f"`{source.path}` is no data set on the hub: subset, hub_split and stream are for those alone",
                 "leave them out",
             )
 

@@ -85,8 +85,8 @@ class Audit:
         return any(finding.severity == "error" for finding in self.findings)
 
 
-def audit(recipe: Recipe, tokenizer: ChatTokenizer, told: Told | None = None) -> Audit:
-    """Look at all of a recipe's data.
+def audit(recipe: Recipe, tokenizer: ChatTokenizer, told: Told | None = None, positions: int | None = None) -> Audit:
+    """Look at all of a recipe's data. `positions`: how many tokens the model can hold, None where that is not known.
 
     Raises:
         DataError: files are missing, empty or of no known format.
@@ -105,7 +105,8 @@ def audit(recipe: Recipe, tokenizer: ChatTokenizer, told: Told | None = None) ->
     except DataError as error:
         return _unprepared(recipe, sources, error)
     seen = survey(dataset, told.reading)
-    figures = _figures(dataset, seen)
+    asked = recipe.train.max_length
+    figures = _figures(dataset, seen, positions if asked == "auto" else asked)
     findings = [
         *_unusable(recipe, bad, count, rows),
         *_odd_texts(seen),
@@ -115,16 +116,15 @@ def audit(recipe: Recipe, tokenizer: ChatTokenizer, told: Told | None = None) ->
     return Audit(rows, count, problems, _sorted(findings), dataset.sources, dataset, figures)
 
 
-def _figures(dataset: Dataset, seen: Survey) -> Figures:
+def _figures(dataset: Dataset, seen: Survey, limit: int | None) -> Figures:
     store = dataset.store
     side = np.full(len(store.rows), -1, dtype=np.int8)
     for number, name in enumerate(SIDES):
         side[dataset.split(name).rows] = number
-    limit = dataset.recipe.train.max_length
     different, repeated = repeated_answers(seen.answer_hashes)
     return Figures(
         repeats=find_repeats(Keys(store.rows["content"], np.asarray(store.group), seen.prompt_hashes, side)),
-        lengths=measure_lengths(store, limit if isinstance(limit, int) else None),
+        lengths=measure_lengths(store, limit),
         openings=seen.openings,
         speakers=seen.speakers,
         different_answers=different,

@@ -84,7 +84,9 @@ def _duplicates(dataset: Dataset, figures: Figures) -> Iterator[Finding]:
         yield Finding(
             "exact-duplicates",
             _grade(exact.rows, whole),
-            _share(exact.rows, whole, "repeat an earlier one word for word: each copy counts once more in every epoch"),
+            _share(
+                exact.rows, whole, "repeat an earlier one word for word: a copy that is trained on counts once more"
+            ),
             "remove them, unless they shall count more",
             exact.rows,
             _pairs(dataset, exact),
@@ -115,12 +117,12 @@ def _contradictions(dataset: Dataset, figures: Figures) -> Iterator[Finding]:
 
 def _too_long(dataset: Dataset, figures: Figures) -> Iterator[Finding]:
     recipe = dataset.recipe
-    cut = next((cut for cut in figures.lengths.cuts if cut.max_length == recipe.train.max_length), None)
+    cut = next((cut for cut in figures.lengths.cuts if cut.max_length == figures.lengths.limit), None)
     if cut is None or not cut.rows:
         return
-    long = (
-        f"{rows_in_words(cut.rows)} {'is' if cut.rows == 1 else 'are'} longer than train.max_length {cut.max_length:,}"
-    )
+    asked = recipe.train.max_length != "auto"
+    limit = f"train.max_length {cut.max_length:,}" if asked else f"the {cut.max_length:,} tokens that the model holds"
+    long = f"{rows_in_words(cut.rows)} {'is' if cut.rows == 1 else 'are'} longer than {limit}"
     lost = share_in_words(cut.labelled_lost, figures.lengths.labelled)
     told: dict[str, tuple[Severity, str]] = {
         "error": ("error", "and `long_rows` is error"),
@@ -129,7 +131,8 @@ def _too_long(dataset: Dataset, figures: Figures) -> Iterator[Finding]:
         "truncate": ("warning", f"and will be cut at the end: {lost} of all trained tokens are lost, and their ends"),
     }
     severity, what = told[recipe.long_rows]
-    remedy = f"raise train.max_length (the longest row has {figures.lengths.longest:,} tokens), or choose `long_rows`"
+    raised = f"raise train.max_length (the longest row has {figures.lengths.longest:,} tokens), or " if asked else ""
+    remedy = f"{raised}set `long_rows: split` to learn all of them in parts"
     length = dataset.store.rows["length"]
     rows = np.flatnonzero(length > cut.max_length)[:KEPT_PLACES]
     evidence = tuple(Sighting(dataset.places[row], None, f"{length[row]:,} tokens") for row in rows.tolist())

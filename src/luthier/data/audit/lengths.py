@@ -45,7 +45,8 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """Lengths and trained tokens of all usable rows. `quantiles` are of the length in tokens, by percent."""
+    """Lengths and trained tokens of all usable rows. `quantiles` are of the length in tokens, by percent; `limit` is
+    what a row may have here, None where that is not known."""
 
     rows: int
     tokens: int
@@ -54,6 +55,7 @@ class Lengths:
     labelled_median: int
     bars: tuple[Bar, ...]
     cuts: tuple[Cut, ...]
+    limit: int | None
 
     @property
     def labelled_share(self) -> float:
@@ -67,7 +69,7 @@ class Lengths:
 
 
 def measure_lengths(store: Store, own_limit: int | None) -> Lengths:
-    """Measure the rows of a store; `own_limit` is the recipe's max_length where it says one. At least one row."""
+    """Measure the rows of a store (at least one); `own_limit` is the recipe's max_length, or what the model holds."""
     length = store.rows["length"].astype(np.int64)
     labelled = store.rows["labelled"].astype(np.int64)
     percents = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -79,6 +81,7 @@ def measure_lengths(store: Store, own_limit: int | None) -> Lengths:
         labelled=int(labelled.sum()),
         quantiles={percent: int(value) for percent, value in zip(percents, quantiles, strict=True)},
         labelled_median=int(np.median(labelled)),
+        limit=own_limit,
         bars=_bars(length, int(quantiles[percents.index(99)])),
         cuts=tuple(_cuts(store, limits)),
     )
