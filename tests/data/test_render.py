@@ -370,8 +370,8 @@ def test_a_beginning_of_text_token_that_opens_every_turn_is_not_counted(tmp_path
     """SmolLM2's: its BOS is the token before each role, and its tokenizer does not add it."""
     make_chat_tokenizer(tmp_path / "t", CHATML)
     config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config["bos_token"] = "<|start_header_id|>"
-    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    changed = json.dumps({**config, "bos_token": "<|start_header_id|>"})
+    (tmp_path / "t" / "tokenizer_config.json").write_text(changed, encoding="utf-8")
     template = make_template("model", load_tokenizer(tmp_path / "t"))
     assert template.tokenizer.bos_id is not None
     assert not template.tokenizer.adds_bos
