@@ -240,15 +240,17 @@ def _unused_answers(recipe: Recipe, sources: Sequence[OpenSource]) -> list[str]:
 
 def _leaked(store: Store, sides: NDArray[np.int8]) -> int:
     """How many held-out rows say the same as a row that is trained on, or nearly."""
-    trained = np.unique(store.group[sides == 0])
-    return int(np.isin(store.group[sides > 0], trained).sum())
+    trained = np.zeros(len(sides), dtype=np.bool_)
+    trained[store.group[sides == 0]] = True  # a group is named by one of its rows
+    return int(np.count_nonzero(trained[store.group[sides > 0]]))
 
 
 def _notes(store: Store, sides: NDArray[np.int8], duplicates: Duplicates) -> list[str]:
     notes: list[str] = []
     counts = store.counts
     if rejected := sum(counts.rejected):
-        notes.append(f"{rejected:,} rows cannot be used and are skipped; each is in rejected.jsonl with its reason")
+        rows_are = "1 row cannot be used and is" if rejected == 1 else f"{rejected:,} rows cannot be used and are"
+        notes.append(f"{rows_are} skipped; each is in rejected.jsonl with its reason")
     if not (sides == SIDES.index("eval")).any():
         notes.append("no row is held out: the loss on unseen rows cannot be measured")
     if duplicates.leaked:
