@@ -109,14 +109,14 @@ def test_unknown_keys_name_the_nearest_and_list_the_formats(tmp_path):
     for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "title-content", "text"):
         assert f"    {name}:" in error.message
     assert "nearest is question-answer" in str(error.remedy)
-    assert "{question: Question, answer: your-key}" in str(error.remedy)
+    assert "{question: Question, answer: response}" in str(error.remedy)
 
 
 def test_keys_of_half_a_format_say_what_is_missing_first(tmp_path):
     error = refused(source(tmp_path / "rows.jsonl", [{"question": "q", "reply": "a"}]))
     fact = "rows.jsonl:1: the rows have `question` but no `answer` (format question-answer)\n  the formats are"
     assert fact in error.message
-    assert "{answer: your-key}" in str(error.remedy)
+    assert "{answer: reply}" in str(error.remedy)
     error = refused(source(tmp_path / "rows.jsonl", [{"data": [{"question": "q", "answer": "a"}]}]))
     assert "jq -c '.data[]'" in str(error.remedy)
 
@@ -163,3 +163,11 @@ def test_real_rows(shared):
     )
     assert (gsm8k.format, len(gsm8k.conversations)) == ("question-answer", 7473)
     assert (grimm.format, len(grimm.conversations)) == ("title-content", 62)
+
+
+def test_the_one_key_that_is_left_over_is_proposed(tmp_path):
+    path = tmp_path / "dolly.jsonl"
+    path.write_text('{"instruction": "Name a colour.", "response": "Red."}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="the rows have `instruction` but no `output`") as caught:
+        open_sources([DataSource(path=str(path))])
+    assert "fields: {output: response}" in str(caught.value.remedy)

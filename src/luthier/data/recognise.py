@@ -121,6 +121,10 @@ def _mapping_hint(keys: Sequence[str]) -> str:
     if near is None:
         return "say which of your keys is which: data: [{path: …, fields: {question: your-key, answer: another}}]"
     name, guessed = near
-    unknown = {key: "your-key" for key in FORMATS[name].required if key not in keys}
+    form = FORMATS[name]
+    unknown = {key: "your-key" for key in form.required if key not in keys}
+    spare = [key for key in keys if key not in (*form.required, *form.optional, *guessed.values())]
+    if len(unknown.keys() - guessed.keys()) == len(spare) == 1:  # Dolly's: instruction, context, response
+        unknown = dict.fromkeys(unknown, spare[0])
     mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in (unknown | guessed).items())
     return f"nearest is {name}: say which of your keys is which, data: [{{path: …, fields: {{{mapping}}}}}]"
