@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from luthier.cli import console, data_commands
+from luthier.cli.options import Json, Sets
 from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -24,12 +25,7 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="RUN", help="The run directory (default: runs/ and the name of the recipe)."),
 ]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe, e.g. train.steps=60. Repeatable."),
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run directory.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 Temperature = Annotated[float, typer.Option(min=0.0, max=5.0, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest tokens; 0: from all.")]

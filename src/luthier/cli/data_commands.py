@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.options import Json, Sets
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Look at your data: what is wrong with it, and what the model will see.", no_args_is_help=True)
@@ -25,13 +27,6 @@ Model = Annotated[
     str | None,
     typer.Option("--model", help="Whose tokenizer and chat template; without a recipe sprig's, if left out."),
 ]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting of the recipe, e.g. template=alpaca. Repeatable."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 
 
 class Side(str, Enum):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.markup import escape
 
 from luthier.cli import console
-from luthier.cli.targets import find_tokenizer, read_target, say_waiting
+from luthier.cli.targets import epoch_of, find_tokenizer, read_target, say_waiting
 from luthier.errors import UsageError
 from luthier.runs import SCHEMA_VERSION, RunDirectory, write_text
 
@@ -156,7 +156,6 @@ def _packs(dataset: Dataset, most: int) -> _Looked:
     """The first packs of the first optimizer step."""
     from luthier.data.batches import Batches
     from luthier.data.view_rows import pack_view
-    from luthier.plan.rows import Epoch
     from luthier.plan.schedule import choose_batch_size
 
     recipe, capacity = dataset.recipe, dataset.report.max_length
@@ -165,9 +164,7 @@ def _packs(dataset: Dataset, most: int) -> _Looked:
     if recipe.train.packing != True:  # noqa: E712  "auto" is true as well
         console.say("[dim]without train.packing: true the recipe packs nothing; this is what it would do[/]")
     train = dataset.train
-    epoch = Batches(train, 1, 1, recipe.seed, capacity=capacity)
-    counted = Epoch(epoch.rows_per_epoch, int(train.lengths.sum()), epoch.units_per_epoch)
-    size = choose_batch_size(recipe, counted).value
+    size = choose_batch_size(recipe, epoch_of(train, recipe.seed, capacity)).value
     first = recipe.train.longest_first
     units = Batches(train, size, size, recipe.seed, capacity=capacity, longest_first=first).units(0)
     packs = [pack_view(dataset, number, unit.tolist(), capacity) for number, unit in enumerate(units[:most])]

@@ -16,7 +16,7 @@ import orjson
 
 from luthier.cli import console
 from luthier.cli.loading import unfinished
-from luthier.cli.targets import UNTRAINED_REMEDY, say_waiting, untrained_names
+from luthier.cli.targets import UNTRAINED_REMEDY, epoch_of, say_waiting, untrained_names
 from luthier.errors import DataError, UsageError
 from luthier.recipe.load import dump_recipe
 from luthier.runs import SCHEMA_VERSION, RunDirectory, read_json, write_json, write_text
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from luthier.data.prepare import Dataset
     from luthier.model.config import ModelConfig
     from luthier.model.decoder import Decoder
-    from luthier.plan.choose import DataFacts
+    from luthier.plan.choose import DataFacts, Epoch
     from luthier.plan.plan import Plan
     from luthier.recipe.schema import Recipe
     from luthier.train.loop import TrainResult
@@ -88,17 +88,13 @@ def _facts(dataset: Dataset) -> DataFacts:
     """What the plan needs to know of the rows."""
     import numpy as np
 
-    from luthier.data.epochs import Epochs
     from luthier.data.prepare import limit_length
     from luthier.data.split import SIDES
-    from luthier.plan.choose import DataFacts, Epoch, Lengths
+    from luthier.plan.choose import DataFacts, Lengths
 
     def epoch(max_length: int, packing: bool) -> Epoch:
         train = limit_length(dataset, max_length).train
-        capacity = max_length if packing else None
-        seed = dataset.recipe.seed
-        epochs = Epochs(len(train), seed, weights=train.weights, lengths=train.lengths, capacity=capacity)
-        return Epoch(epochs.rows, epochs.tokens, epochs.units if packing else None)
+        return epoch_of(train, dataset.recipe.seed, max_length if packing else None)
 
     lengths = np.concatenate([dataset.split(side).lengths for side in SIDES])
     return DataFacts(

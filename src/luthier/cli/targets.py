@@ -12,11 +12,21 @@ from luthier.recipe.schema import BUNDLED_MODEL
 from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
+    from luthier.data.dataset import Examples
     from luthier.data.render import Template
     from luthier.data.tokenizer import ChatTokenizer
+    from luthier.plan.rows import Epoch
     from luthier.recipe.schema import Recipe
 
-__all__ = ["UNTRAINED_REMEDY", "find_tokenizer", "is_recipe", "read_target", "say_waiting", "untrained_names"]
+__all__ = [
+    "UNTRAINED_REMEDY",
+    "epoch_of",
+    "find_tokenizer",
+    "is_recipe",
+    "read_target",
+    "say_waiting",
+    "untrained_names",
+]
 
 UNTRAINED_REMEDY = "take the Instruct version of the model, or `template: alpaca`, which needs none of them"
 """What to do where a template's tokens were never trained."""
@@ -54,6 +64,15 @@ def find_tokenizer(model: str) -> tuple[Path, ChatTokenizer]:
     if model == BUNDLED_MODEL or not (folder / "tokenizer.json").is_file():
         folder = locate_model(model)
     return folder, load_tokenizer(folder)
+
+
+def epoch_of(train: Examples, seed: int, capacity: int | None) -> Epoch:
+    """What an epoch of these rows comes to; `capacity` tokens make a pack, None: rows are not packed."""
+    from luthier.data.epochs import Epochs
+    from luthier.plan.rows import Epoch
+
+    found = Epochs(len(train), seed, weights=train.weights, lengths=train.lengths, capacity=capacity)
+    return Epoch(found.rows, found.tokens, None if capacity is None else found.units)
 
 
 def say_waiting() -> None:

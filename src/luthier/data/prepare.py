@@ -36,7 +36,7 @@ from luthier.data.tokenizer import ChatTokenizer
 from luthier.errors import DataError
 from luthier.recipe.schema import Recipe
 
-__all__ = ["Dataset", "Kept", "Progress", "keep_rows", "limit_length", "prepare", "rejected_rows"]
+__all__ = ["Dataset", "Kept", "Progress", "keep_rows", "limit_length", "prepare", "rejected_rows", "settle"]
 
 STORE_VERSION = 1
 """Raised when the same sources, template and tokenizer would give other tokens, or the store another layout."""
@@ -78,6 +78,16 @@ def prepare(
     """
     kept = keep_rows(recipe, tokenizer, progress, waiting)
     _refuse_bad_rows(recipe, kept)
+    found = settle(recipe, kept)
+    return found if max_length is None else limit_length(found, max_length)
+
+
+def settle(recipe: Recipe, kept: Kept) -> Dataset:
+    """The second half of `prepare`: what the rows are for, and the report.
+
+    Raises:
+        DataError: no row is left to train on.
+    """
     sources, template, store = kept.sources, kept.template, kept.store
     sides, split_notes = _sides(recipe, sources, store)
     dataset = _dataset(recipe, sources, store, template, sides)
@@ -104,8 +114,7 @@ def prepare(
     if not len(train):
         raise DataError("no row is left to train on", "give `split.train` more, or a file that is not held out")
     places = Places(store, [source.path for source in sources])
-    found = Dataset(train, held_out, test, report, template, places, sources, store, recipe)
-    return found if max_length is None else limit_length(found, max_length)
+    return Dataset(train, held_out, test, report, template, places, sources, store, recipe)
 
 
 def keep_rows(recipe: Recipe, tokenizer: ChatTokenizer, progress: Progress | None, waiting: Callable[[], None]) -> Kept:

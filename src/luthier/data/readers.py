@@ -61,7 +61,7 @@ def reader_of(path: str, columns: Sequence[str] = ()) -> Reader:
         magic = file.read(4)
     with open_bytes(path) as stream:
         head = stream.read1(_HEAD)
-    packed = {GZIP: "gzip", ZSTD: "Zstandard"}.get(magic[:2], "") or {ZSTD: "Zstandard"}.get(magic, "")
+    packed = "gzip" if magic.startswith(GZIP) else "Zstandard" if magic.startswith(ZSTD) else ""
     found = _reader(path, head, packed, columns)
     return found._replace(kind=f"{found.kind} in {packed}") if packed else found
 

@@ -26,7 +26,7 @@ from luthier.data.audit.survey import Survey, survey
 from luthier.data.audit.texts import TEXT_CHECKS
 from luthier.data.conversation import Source
 from luthier.data.dataset import Dataset
-from luthier.data.prepare import Progress, keep_rows, prepare, rejected_rows
+from luthier.data.prepare import Progress, keep_rows, rejected_rows, settle
 from luthier.data.problems import BadRow, RowProblem
 from luthier.data.sources import OpenSource, open_sources
 from luthier.data.split import SIDES
@@ -93,17 +93,16 @@ def audit(recipe: Recipe, tokenizer: ChatTokenizer, told: Told | None = None, po
         RecipeError: the template is not one.
     """
     told = told or Told()
-    sources = open_sources(recipe.data)
     skipping = recipe.model_copy(update={"on_bad_row": "skip"})
     try:
         kept = keep_rows(skipping, tokenizer, told.preparing, told.waiting)
         rows, count = sum(kept.store.counts.read), sum(kept.store.counts.rejected)
         bad = list(islice(rejected_rows(kept.sources, kept.store), KEPT_PROBLEMS))
         if count == rows:
-            return _unusable_all(recipe, bad, sources, rows)
-        dataset = prepare(skipping, tokenizer)
+            return _unusable_all(recipe, bad, kept.sources, rows)
+        dataset = settle(skipping, kept)
     except DataError as error:
-        return _unprepared(recipe, sources, error)
+        return _unprepared(recipe, open_sources(recipe.data), error)  # which raises what no file can be read for
     seen = survey(dataset, told.reading)
     asked = recipe.train.max_length
     figures = _figures(dataset, seen, positions if asked == "auto" else asked)
