@@ -13,7 +13,7 @@ from luthier.cli.options import Json, Sets
 from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from luthier.cli.stages import Prepared
+    from luthier.cli.preparing import Prepared
     from luthier.recipe.schema import Recipe
 
 __all__ = ["register"]
@@ -55,12 +55,12 @@ def _load(recipe: Path, sets: list[str] | None) -> Recipe:
 
 def _start(recipe: Path, out: Path | None, sets: list[str] | None, resume: bool) -> tuple[Prepared, RunDirectory]:
     """What the recipe means here, and the run directory it goes to."""
-    from luthier.cli import stages
+    from luthier.cli import preparing, stages
 
     loaded = _load(recipe, sets)
     directory = RunDirectory(Path("runs") / recipe.stem if out is None else out)
     stages.check_free(directory, loaded, resume=resume)  # before the data is read: it takes a while
-    return stages.prepare(loaded), directory
+    return preparing.prepare(loaded), directory
 
 
 def _exported(document: dict[str, object], as_json: bool) -> None:
@@ -141,11 +141,11 @@ def presets(as_json: Json = False) -> None:
 
 def plan(recipe: RecipeFile, sets: Sets = None, as_json: Json = False) -> None:
     """Say what a recipe will do on this machine and why, before any weights are loaded."""
-    from luthier.cli import show, stages
+    from luthier.cli import preparing, show
     from luthier.plan.explain import plan_table
     from luthier.plan.plan import as_document
 
-    prepared = stages.prepare(_load(recipe, sets))
+    prepared = preparing.prepare(_load(recipe, sets))
     if as_json:
         console.print_json(as_document(prepared.plan))
     else:
@@ -183,10 +183,10 @@ def run(recipe: RecipeFile, out: Out = None, resume: Resume = False, sets: Sets 
 
 def evaluate(run: RunFolder, as_json: Json = False) -> None:
     """Hold base against tuned on rows that were not trained on."""
-    from luthier.cli import show, stages
+    from luthier.cli import preparing, show, stages
 
     directory, recipe = stages.reopen(run)
-    document = stages.evaluate(stages.prepare(recipe), directory)
+    document = stages.evaluate(preparing.prepare(recipe), directory)
     if as_json:
         console.print_json(document)
     else:

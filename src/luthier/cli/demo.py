@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from luthier.cli import console, show, stages
+from luthier.cli import console, preparing, show, stages
 from luthier.recipe.init import preset_file
 from luthier.recipe.load import load_recipe
 from luthier.runs import RunDirectory
@@ -26,7 +26,7 @@ def run(out: Path | None, resume: bool, as_json: bool) -> None:
     )
     recipe = load_recipe(preset_file(PRESET))
     stages.check_free(directory, recipe, resume=resume)
-    document = stages.run_all(stages.prepare(recipe), directory, resume=resume)
+    document = stages.run_all(preparing.prepare(recipe), directory, resume=resume)
     if as_json:
         console.print_json(document)
         return

@@ -12,7 +12,7 @@ from luthier.cli import console
 from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from luthier.cli.stages import Prepared
+    from luthier.cli.preparing import Prepared
 
 __all__ = ["data", "ending", "evaluation", "files", "plan"]
 

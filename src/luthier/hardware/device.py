@@ -5,21 +5,55 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["GIB", "Device", "DeviceKind", "Precision"]
+__all__ = ["GIB", "Device", "DeviceKind", "Format", "MatmulRate", "Precision", "Rates"]
 
 GIB = 2**30
 
 DeviceKind: TypeAlias = Literal["cpu", "cuda", "mps"]
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
+Format: TypeAlias = Literal["bf16", "fp16", "fp32", "fp8", "int8"]
+"""A number format that hardware may be fast in; training is done in a `Precision`."""
+
+
+@dataclass(frozen=True)
+class MatmulRate:
+    """Dense matrix products: `flops` a second (a multiply and an add are two) in `precision`, where the smaller side
+    of the weight is `width` elements. Narrow products are slower, so a machine has one for several widths."""
+
+    precision: Precision
+    width: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, as large programs reach it (not the datasheet's peak).
+
+    matmul: ascending in width for each precision. attention: fused attention products, FLOP/s. bandwidth: bytes read
+    and written by element-wise operations. dequantize: weights turned from NF4 into the compute dtype. operation:
+    seconds that one operation costs however small it is (the launch, Python, autograd). source: who says so.
+    """
+
+    matmul: tuple[MatmulRate, ...]
+    attention: tuple[tuple[Precision, float], ...]
+    bandwidth: float
+    dequantize: float
+    operation: float
+    source: str
 
 
 @dataclass(frozen=True)
 class Device:
-    """The device that trains.
+    """The device that trains; of several equal ones, each.
 
     memory_gib: its memory in GiB; of a CPU what this process may use: physical memory or the container's limit,
     whichever is less. cores: physical CPU cores that this process may use, for every kind. capability: CUDA's, else
     None. fast: the number formats that it has hardware for, fp32 always.
+
+    free_gib: what of `memory_gib` nobody holds now; None: all of it (a machine from the catalogue). count: how many
+    such devices. host_gib: memory of the host (of a CPU and of unified memory: the same memory). disk_gib: free on the
+    disk that runs are written to; None: not known. link: bytes a second between devices, each way. rates: measured or
+    the catalogue's; None: not known. known_as: its name in the catalogue, None where it was probed.
     """
 
     kind: DeviceKind
@@ -27,4 +61,16 @@ class Device:
     memory_gib: float
     cores: int
     capability: tuple[int, int] | None = None
-    fast: tuple[Precision, ...] = ("fp32",)
+    fast: tuple[Format, ...] = ("fp32",)
+    free_gib: float | None = None
+    count: int = 1
+    host_gib: float | None = None
+    disk_gib: float | None = None
+    link: float | None = None
+    rates: Rates | None = None
+    known_as: str | None = None
+
+    @property
+    def usable_gib(self) -> float:
+        """What a plan may count on: the memory, less what others hold of it."""
+        return self.memory_gib if self.free_gib is None else min(self.free_gib, self.memory_gib)

@@ -7,12 +7,13 @@ from typing import Literal, TypeAlias
 
 from luthier.hardware.device import DeviceKind, Precision
 
-__all__ = ["LongRows", "Optimizer", "Quantize", "Scale", "Schedule", "Settings", "TrainOn"]
+__all__ = ["Attention", "LongRows", "Optimizer", "Quantize", "Scale", "Schedule", "Settings", "TrainOn"]
 
 Quantize: TypeAlias = Literal["none", "nf4"]
 Scale: TypeAlias = Literal["standard", "rslora"]
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 Optimizer: TypeAlias = Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
+Attention: TypeAlias = Literal["flash", "efficient", "math"]
 TrainOn: TypeAlias = Literal["completions", "last", "all"]
 LongRows: TypeAlias = Literal["truncate", "error", "drop", "split"]
 
@@ -21,7 +22,9 @@ LongRows: TypeAlias = Literal["truncate", "error", "drop", "split"]
 class Settings:
     """The settings of one run. `batch_size` and `micro_batch` count rows, with `packing` packs of `max_length` tokens.
 
-    `targets` are projection names; `eval_every` 0: not while training; `clip` 0: off.
+    `checkpointing` is how many layers, from the first on, are recomputed in the backward pass; `attention` which backend
+    of torch's scaled_dot_product_attention; `targets` are projection names; `eval_every` 0: not while training; `clip` 0:
+    off.
     """
 
     rank: int
@@ -40,7 +43,8 @@ class Settings:
     optimizer: Optimizer
     weight_decay: float
     clip: float
-    checkpointing: bool
+    checkpointing: int
+    attention: Attention
     max_length: int
     packing: bool
     longest_first: bool
