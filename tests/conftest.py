@@ -11,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors on busy cores: threads that wait for one another cost twenty times what they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# As the training commands set it for themselves by starting once more (cli/allocator.py), which no test process may do.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
+
 import pytest
 
 from tests import tiny

@@ -27,6 +27,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "RunDirectory",
     "atomic_folder",
+    "cache_root",
     "flush_folder",
     "read_json",
     "recover_folder",
@@ -36,6 +37,13 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 """Written as `schema` into every JSON document of a run; raised when a name in one changes its meaning."""
+
+
+def cache_root() -> Path:
+    """What is kept between runs: $LUTHIER_CACHE, else $XDG_CACHE_HOME/luthier, else ~/.cache/luthier. Not made here."""
+    chosen = os.environ.get("LUTHIER_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
+    return Path(chosen) if chosen else base
 
 
 def flush_folder(folder: Path) -> None:

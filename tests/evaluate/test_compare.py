@@ -11,8 +11,9 @@ import torch
 from luthier.data.prepare import Dataset, prepare
 from luthier.data.tokenizer import load_tokenizer
 from luthier.errors import DataError, UsageError
-from luthier.evaluate.compare import as_document, check_tasks, compare
+from luthier.evaluate.compare import as_document, compare
 from luthier.evaluate.loss import held_out_loss
+from luthier.evaluate.questions import check_tasks
 from luthier.generate.generate import complete
 from luthier.model.decoder import Decoder
 from luthier.model.load import load_decoder

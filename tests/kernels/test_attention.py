@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels import attention, cached_attention
+from luthier.kernels import REFERENCE, attention, cached_attention, efficient_attention, kernels_with, only_math
 
 HEADS, KEYS, SIZE = 6, 2, 5
 TOLERANCE = 1e-12
@@ -52,6 +53,49 @@ def test_each_token_sees_its_own_document_within_the_window(lengths: tuple[int, 
     grads = (torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, wanted))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, atol=TOLERANCE * 10, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("lengths", [(13,), (7, 7, 7), (1, 11, 4, 7)])
+@pytest.mark.parametrize("name", ["flash", "efficient", "math"])
+def test_every_kind_of_attention_is_the_definition(
+    name: Literal["flash", "efficient", "math"], lengths: tuple[int, ...], window: int | None
+) -> None:
+    q, k, v = tokens(sum(lengths), seed=3)
+    wanted = packed_by_definition(q, k, v, lengths, window)
+    with only_math(name):
+        ours = kernels_with(name).attention(q, k, v, lengths, window)
+        weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(5))
+        grads = [torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, wanted)]
+    torch.testing.assert_close(ours, wanted, atol=TOLERANCE, rtol=0)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=TOLERANCE * 10, rtol=0)
+
+
+def test_math_takes_no_other_kernel_and_the_others_leave_torch_free() -> None:
+    def allowed() -> tuple[bool, bool]:
+        return torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+
+    with only_math("math"):
+        assert (allowed(), torch.backends.cuda.math_sdp_enabled()) == ((False, False), True)
+    for name in ("flash", "efficient"):
+        with only_math(name):
+            assert allowed() == (True, True)
+
+
+def test_efficient_attention_asks_torch_for_no_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the memory-efficient kernel does not have: keys and values come in as many heads as queries."""
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return real(q, k, v, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    efficient_attention(*tokens(9, seed=1), (4, 5), None)
+    assert seen == [(HEADS, HEADS, False)] * 2
+    assert kernels_with("efficient").attention is efficient_attention
+    assert kernels_with("flash") is kernels_with("math") is REFERENCE
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 40])

@@ -84,7 +84,8 @@ def test_yarns_attention_factor_is_its_formula(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported"),
-        ({"model_type": "absent"}, "'' is not supported"),
+        ({"model_type": "absent"}, "`model_type` is missing"),
+        ({"model_type": ""}, "'' is not supported"),
         ({"hidden_act": "gelu"}, "`hidden_act` is 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantised"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not implemented"),
@@ -113,6 +114,19 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, changes: dict[s
     assert str(tmp_path / "config.json") in caught.value.message
     assert caught.value.remedy
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("value", ["absent", None])
+@pytest.mark.parametrize("key", list(LLAMA))
+def test_each_field_that_is_needed_is_missed_by_name(tmp_path: Path, key: str, value: str | None) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_config(write(tmp_path, **{key: value}))
+    assert caught.value.message == f"{tmp_path / 'config.json'}: `{key}` is missing"
+
+
+def test_all_missing_fields_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="`vocab_size`, `num_hidden_layers` are missing"):
+        read_config(write(tmp_path, vocab_size="absent", num_hidden_layers="absent"))
 
 
 def test_an_unsupported_family_lists_those_that_are(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import ModelError
-from luthier.model.locate import locate_model, weight_files
+from luthier.model.locate import locate_config, locate_model, weight_files
 from tests import tiny
 
 TERMS = {
@@ -103,6 +103,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             "maker/pickled": {**pickled, "pytorch_model.bin": b"pickle"},
             "maker/mamba": {**good, "config.json": mamba},
             "maker/gated": good,
+            "maker/bare": {"README.md": b"nothing yet"},
         },
         gated={"maker/gated"},
     )
@@ -119,19 +120,19 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 LOCATE = """
 import json, sys
 from luthier.errors import ModelError
-from luthier.model.locate import locate_model
+from luthier.model import locate
 try:
-    print(json.dumps({"folder": str(locate_model(sys.argv[1]))}))
+    print(json.dumps({"folder": str(getattr(locate, sys.argv[2])(sys.argv[1]))}))
 except ModelError as error:
     print(json.dumps({"message": error.message, "remedy": error.remedy, "cause": type(error.__cause__).__name__}))
 """
 
 
-def locate(name: str, home: Path, port: int, **environment: str) -> dict[str, str]:
-    """locate_model in a fresh process with its own cache, its hub being the server on `port`."""
+def locate(name: str, home: Path, port: int, what: str = "locate_model", **environment: str) -> dict[str, str]:
+    """locate_model (or `what`) in a fresh process with its own cache, its hub being the server on `port`."""
     kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy") and key[:3] != "HF_"}
     ours = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", **environment}
-    command = [sys.executable, "-c", LOCATE, name]
+    command = [sys.executable, "-c", LOCATE, name, what]
     out = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**kept, **ours}, cwd=home, timeout=120
     )
@@ -148,6 +149,48 @@ def test_a_hub_id_is_fetched_without_pickles_and_then_had_offline(hub: Hub, tmp_
     assert not any(line.endswith((".bin", ".pth")) for line in hub.asked)
     again = locate("maker/good", tmp_path, hub.port, HF_HUB_OFFLINE="1")
     assert Path(again["folder"]) == folder
+
+
+def test_of_a_hub_id_only_what_a_plan_reads_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.asked.clear()
+    folder = Path(locate("maker/good", tmp_path, hub.port, "locate_config")["folder"])
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt"}
+    found = {path.name for path in folder.iterdir()}
+    assert found == expected | ({"chat_template.jinja"} & set(hub.models["maker/good"]))
+    fetched = [line for line in hub.asked if line.startswith("GET maker/good/resolve/")]
+    assert {line.rpartition("/")[2] for line in fetched} == found
+    again = locate("maker/good", tmp_path, hub.port, "locate_config", HF_HUB_OFFLINE="1")
+    assert Path(again["folder"]) == folder
+    whole = locate("maker/good", tmp_path, hub.port)
+    assert (Path(whole["folder"]) / "model.safetensors").is_file(), "training fetches the rest"
+
+
+@pytest.mark.parametrize("what", ["locate_model", "locate_config"])
+def test_a_hub_id_without_a_config(hub: Hub, tmp_path: Path, what: str) -> None:
+    answer = locate("maker/bare", tmp_path, hub.port, what)
+    assert "maker/bare on the hub has no config.json" in answer["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("maker/gated", "maker/gated is gated"),
+        ("maker/nothing", "no folder maker/nothing, and no model of this name"),
+        ("maker/mamba", "'mamba' is not supported"),
+    ],
+)
+def test_a_plan_is_refused_the_same(hub: Hub, tmp_path: Path, name: str, said: str) -> None:
+    assert said in locate(name, tmp_path, hub.port, "locate_config")["message"]
+
+
+def test_a_plan_while_offline_or_out_of_reach(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        out_of_reach = locate("maker/good", tmp_path, port, "locate_config")
+        offline = locate("maker/good", tmp_path, port, "locate_config", HF_HUB_OFFLINE="1")
+    assert "the hub cannot be reached" in out_of_reach["message"]
+    assert "HF_HUB_OFFLINE is set" in offline["message"]
 
 
 def test_a_gated_model_without_a_token(hub: Hub, tmp_path: Path) -> None:
@@ -210,10 +253,11 @@ def test_a_folder_is_itself(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("name", ["./models/llama", "~/nowhere", "a/b/c", "/nowhere/at/all", "no such name"])
 def test_a_missing_folder(name: str) -> None:
-    with pytest.raises(ModelError, match="there is no folder") as caught:
-        locate_model(name)
-    assert caught.value.remedy is not None
-    assert caught.value.exit_code == 2
+    for find in (locate_model, locate_config):
+        with pytest.raises(ModelError, match="there is no folder") as caught:
+            find(name)
+        assert caught.value.remedy is not None
+        assert caught.value.exit_code == 2
 
 
 def test_a_file_in_place_of_a_folder(tiny_llama: Path) -> None:
@@ -243,8 +287,10 @@ def test_a_folder_without_weights_or_without_a_config(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no model\.safetensors and no model\.safetensors\.index\.json"):
         locate_model(str(folder))
-    with pytest.raises(ModelError, match=r"has no config\.json"):
-        locate_model(str(tmp_path))
+    assert locate_config(str(folder)) == folder
+    for find in (locate_model, locate_config):
+        with pytest.raises(ModelError, match=r"has no config\.json"):
+            find(str(tmp_path))
 
 
 def test_a_lost_shard_is_named(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ trains = st.builds(
     warmup_steps=st.integers(0, 100) | auto,
     weight_decay=st.floats(0, 1),
     clip=st.floats(0, 1e9),
-    checkpointing=st.booleans() | auto,
+    checkpointing=st.booleans() | st.integers(0, 200) | auto,
+    attention=st.sampled_from(["auto", "flash", "efficient", "math"]),
     max_length=st.integers(8, 10**6) | auto,
     eval_every=st.integers(0, 1000) | auto,
     save_every=counts | auto,
@@ -103,6 +104,13 @@ def loaded(text: str, *overrides: str) -> Recipe:
 def test_load_of_dump_is_the_recipe(recipe: Recipe) -> None:
     assume(not breaches(recipe))
     assert loaded(dump_recipe(recipe)) == recipe
+    assert dump_recipe(loaded(dump_recipe(recipe))) == dump_recipe(recipe), "1 is not true"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("true", True), ("0", 0), ("false", False), ("auto", "auto")])
+def test_a_number_of_layers_is_not_a_truth_value(text: str, value: object) -> None:
+    found = loaded(f"model: sprig\ndata: pirate\ntrain: {{checkpointing: {text}}}\n").train.checkpointing
+    assert (found, type(found)) == (value, type(value))
 
 
 @settings(max_examples=200, deadline=None)
@@ -167,6 +175,8 @@ CHANGES = {
     "train.learning_rate": "1e-4",
     "adapter.targets": "[q_proj, v_proj]",
     "train.checkpointing": "false",
+    "train.attention": "math",
+    "hardware": "4xa100-40g",
     "split": "{train: 0.5, eval: 0.5}",
     "evaluate.limit": "null",
     "template": '"Q: {q}\\nA: {a}"',

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from luthier.runs import RunDirectory
-from luthier.train.loop import train
+from luthier.train.loop import Hooks, train
 from tests.train.world import Recorder, make_rows, make_settings, tiny_decoder
 
 
@@ -26,7 +26,8 @@ def test_companions_appear_with_the_adapter_or_not_at_all(tiny_llama: Path, tmp_
 
     def once(*, resume: bool) -> None:
         decoder, rows, settings = tiny_decoder(tiny_llama), make_rows(), make_settings(steps=2, warmup_steps=1)
-        train(decoder, rows, settings, run, base="a/model", listener=Recorder(), resume=resume, companions=beside)
+        hooks = Hooks(companions=beside)
+        train(decoder, rows, settings, run, base="a/model", listener=Recorder(), resume=resume, hooks=hooks)
 
     with pytest.raises(NoSpaceError):
         once(resume=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from luthier.train.display import PlainDisplay, RichDisplay, Smoothed, duration, make_display, sparkline
-from luthier.train.events import EndEvent, InterruptEvent, Listener, StartEvent, WarningEvent
+from luthier.train.events import (
+    EndEvent,
+    InterruptEvent,
+    Listener,
+    ProgressEvent,
+    ProofEvent,
+    StartEvent,
+    WarningEvent,
+)
 from tests.train.test_events import eval_event, step_event
 
 START = StartEvent(step=0, steps=50, train_rows=9, eval_rows=2, trainable_parameters=12_345)
@@ -68,6 +77,65 @@ def test_plain_lines_have_no_control_characters_and_keep_their_distance() -> Non
     assert text.splitlines()[-1] == (
         "trained 50 steps, 16,050 tokens in 1:15, held-out loss 2.0000 -> 1.2500; the adapter is of step 40 (best)"
     )
+
+
+PROOF = ProofEvent(
+    step=0,
+    tokens=4_096,
+    longest=2_048,
+    documents=2,
+    micro_batch=2,
+    checkpointing=3,
+    measured_gib=10.5,
+    reserved_gib=11.0,
+    predicted_gib=10.0,
+    error=0.05,
+    measured_seconds=1.0,
+    predicted_seconds=1.25,
+    error_seconds=-0.2,
+)
+
+
+def test_a_log_file_tells_of_the_proof_and_of_a_long_evaluation() -> None:
+    stream, clock = io.StringIO(), Clock()
+    display = PlainDisplay(stream, clock)
+    display.on_start(START)
+    for done in (0, 1):
+        display.on_progress(ProgressEvent("proof", 0, done, 2, 4_096))
+    display.on_proof(PROOF)
+    display.on_proof(replace(PROOF, documents=1, predicted_gib=None, error=None, predicted_seconds=None))
+    for done in range(1, 41):
+        clock.now += 0.5
+        display.on_progress(ProgressEvent("evaluation", 0, done, 40))
+    assert stream.getvalue().splitlines()[1:] == [
+        "trying the largest micro-batch first (4,096 tokens)",
+        "the largest micro-batch, 4,096 tokens in 2 rows, takes 10.50 GiB (predicted 10.00, +5%) and 1 s "
+        "(predicted 1.25, -20%)",
+        "the largest micro-batch, 4,096 tokens in 1 row, takes 10.50 GiB and 1 s",
+        *(f"measuring the held-out loss, {done} of 40 rows" for done in (11, 22, 33)),
+    ]
+
+
+def test_the_live_panel_shows_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = Console(file=Terminal(), width=100, force_terminal=True)
+    display = RichDisplay(console, Clock())
+
+    def shown() -> str:
+        with console.capture() as capture:
+            console.print(display.render())
+        return capture.get()
+
+    display.on_start(START)
+    display.on_progress(ProgressEvent("proof", 0, 0, 2, 4_096))
+    assert "trying the largest micro-batch first (4,096 tokens)" in shown()
+    display.on_proof(PROOF)
+    assert "trying" not in shown()
+    display.on_progress(ProgressEvent("evaluation", 0, 8, 40))
+    assert "8 of 40 rows" in shown()
+    display.on_eval(eval_event(0, 2.0))
+    assert "of 40 rows" not in shown()
+    display.close()
 
 
 def test_the_live_panel_shows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_a_step_that_does_not_fit(tiny_llama: Path, tmp_path: Path, error: Excep
 def test_only_what_is_not_done_yet_is_advised(tiny_llama: Path, tmp_path: Path) -> None:
     decoder = tiny_decoder(tiny_llama)
     listener = Fills(decoder=decoder, error=torch.OutOfMemoryError("CUDA out of memory."), at=1)
-    small = replace(SETTINGS, micro_batch=1, checkpointing=True, device="mps")
+    small = replace(SETTINGS, micro_batch=1, checkpointing=3, device="mps")
     with pytest.raises(FitError, match=r"step 2: out of memory on mps$") as caught:
         train(decoder, make_rows(), small, RunDirectory(tmp_path), base="a/model", listener=listener)
     assert str(caught.value.remedy).startswith("a train.max_length below 128; ")

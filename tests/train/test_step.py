@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from luthier.data.batches import Batch, Batches
 from luthier.errors import TrainingError
+from luthier.kernels import kernels_with, only_math
 from luthier.model.lora import lora_parameters
 from luthier.train.optimizer import state_tensors
 from luthier.train.session import make_trainee
@@ -93,16 +94,17 @@ def test_nothing_on_the_device_is_float64(tiny_llama: Path) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputing_changes_nothing(tiny_llama: Path, dropout: float) -> None:
     found = []
-    for checkpointing in (False, True):
+    for checkpointing in (0, 1, 3):
         trainee = moved(
             make_trainee(tiny_decoder(tiny_llama), make_settings(dropout=dropout, checkpointing=checkpointing))
         )
         torch.manual_seed(17)
         found.append((forward_backward(trainee.decoder, micro_batches()), gradients(trainee), torch.get_rng_state()))
-    kept, again = found
-    assert kept[0] == again[0]
-    assert torch.equal(kept[1], again[1])
-    assert torch.equal(kept[2], again[2])
+    kept, *others = found
+    for again in others:
+        assert kept[0] == again[0]
+        assert torch.equal(kept[1], again[1])
+        assert torch.equal(kept[2], again[2])
 
 
 def refused_step(trainee: Trainee, batches: tuple[Batch, ...]) -> StepError:
@@ -247,3 +249,13 @@ def test_fp16_that_overflows_at_every_scale_stops(tiny_llama: Path) -> None:
         decoder.model.norm.weight.mul_(1e-3)
     error = refused_step(trainee, micro_batches())
     assert "the gradient is not finite" in error.message
+
+
+@pytest.mark.parametrize("attention", ["efficient", "math"])
+def test_the_attention_that_is_planned_is_the_one_that_computes(tiny_llama: Path, attention: str) -> None:
+    trainees = [make_trainee(tiny_decoder(tiny_llama), make_settings(attention=kind)) for kind in ("flash", attention)]
+    used = {layer.self_attn.kernels.attention for layer in trainees[1].decoder.model.layers}  # type: ignore[union-attr]
+    assert used == {kernels_with(attention).attention}  # type: ignore[arg-type]
+    with only_math("math" if attention == "math" else "flash"):
+        one, other = (forward_backward(trainee.decoder, micro_batches()) for trainee in trainees)
+    assert one == pytest.approx(other, rel=1e-5)  # fp32, in another order

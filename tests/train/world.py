@@ -19,6 +19,8 @@ from luthier.train.events import (
     EvalEvent,
     Event,
     InterruptEvent,
+    ProgressEvent,
+    ProofEvent,
     SaveEvent,
     StartEvent,
     StepEvent,
@@ -109,10 +111,17 @@ class Recorder:
     """A listener that keeps what it is told."""
 
     events: list[Event] = field(default_factory=list)
+    progress: list[ProgressEvent] = field(default_factory=list)
     closed: int = 0
 
     def on_start(self, event: StartEvent) -> None:
         self.events.append(event)
+
+    def on_proof(self, event: ProofEvent) -> None:
+        self.events.append(event)
+
+    def on_progress(self, event: ProgressEvent) -> None:
+        self.progress.append(event)
 
     def on_step(self, event: StepEvent) -> None:
         self.events.append(event)

@@ -40,7 +40,7 @@ BaseOnly = Annotated[bool, typer.Option("--base", help="Ask the base model inste
 
 def register(app: typer.Typer) -> None:
     """Add every command to `app`, in the order in which people meet them."""
-    for before in (demo, init, presets, plan):
+    for before in (demo, init, presets, doctor, plan):
         app.command()(before)
     app.add_typer(data_commands.app, name="data")
     for function in (train, run, evaluate, merge, export, generate, chat):
@@ -56,11 +56,12 @@ def _load(recipe: Path, sets: list[str] | None) -> Recipe:
 def _start(recipe: Path, out: Path | None, sets: list[str] | None, resume: bool) -> tuple[Prepared, RunDirectory]:
     """What the recipe means here, and the run directory it goes to."""
     from luthier.cli import preparing, stages
+    from luthier.cli.pins import pins_of
 
     loaded = _load(recipe, sets)
     directory = RunDirectory(Path("runs") / recipe.stem if out is None else out)
     stages.check_free(directory, loaded, resume=resume)  # before the data is read: it takes a while
-    return preparing.prepare(loaded), directory
+    return preparing.prepare(loaded, pins=pins_of(directory, resume=True) if resume else None), directory
 
 
 def _exported(document: dict[str, object], as_json: bool) -> None:
@@ -139,18 +140,42 @@ def presets(as_json: Json = False) -> None:
     console.say("start from one: luthier init --preset NAME --data rows.jsonl --out recipe.yaml")
 
 
-def plan(recipe: RecipeFile, sets: Sets = None, as_json: Json = False) -> None:
-    """Say what a recipe will do on this machine and why, before any weights are loaded."""
-    from luthier.cli import preparing, show
-    from luthier.plan.explain import plan_table
-    from luthier.plan.plan import as_document
+def doctor(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure what this machine computes in a second; takes three.")
+    ] = False,
+    machines: Annotated[
+        bool, typer.Option("--machines", help="List the machines that luthier plan --hardware knows.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what this machine has, which versions, what is missing, and the command that mends it."""
+    from luthier.cli import doctor as shown
 
-    prepared = preparing.prepare(_load(recipe, sets))
-    if as_json:
-        console.print_json(as_document(prepared.plan))
-    else:
-        show.data(prepared)
-        console.output.print(plan_table(prepared.plan))
+    shown.run(machines=machines, calibrate=calibrate, as_json=as_json)
+
+
+def plan(
+    recipe: RecipeFile,
+    hardware: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for this machine instead, e.g. t4, 4xa100-40g.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="PER_HOUR", min=0.0, help="What the machine costs an hour.")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of the usable memory, what stays free; 0.08 if left out.")
+    ] = None,
+    why: Annotated[
+        bool, typer.Option("--why", "-v", help="Every reason in full, its source, what was rejected.")
+    ] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe will do on this machine or another, what it takes and why, before any weights are loaded."""
+    from luthier.cli import planning
+
+    planning.run(recipe, sets, hardware, price, margin, why, as_json)
 
 
 def train(
@@ -163,7 +188,7 @@ def train(
     show.data(prepared)
     result, _ = stages.train(prepared, directory, resume=resume)
     if as_json:
-        console.print_json(stages.train_document(result))
+        console.print_json(stages.train_document(result, directory))
     else:
         name = escape(str(directory.path))
         console.say(f"next: luthier eval {name}, or luthier chat {name}")
@@ -184,9 +209,10 @@ def run(recipe: RecipeFile, out: Out = None, resume: Resume = False, sets: Sets 
 def evaluate(run: RunFolder, as_json: Json = False) -> None:
     """Hold base against tuned on rows that were not trained on."""
     from luthier.cli import preparing, show, stages
+    from luthier.cli.pins import pins_of
 
     directory, recipe = stages.reopen(run)
-    document = stages.evaluate(preparing.prepare(recipe), directory)
+    document = stages.evaluate(preparing.prepare(recipe, pins=pins_of(directory, resume=False)), directory)
     if as_json:
         console.print_json(document)
     else:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from luthier.cli import console, preparing, show, stages
+from luthier.cli.pins import pins_of
 from luthier.recipe.init import preset_file
 from luthier.recipe.load import load_recipe
 from luthier.runs import RunDirectory
@@ -26,7 +27,8 @@ def run(out: Path | None, resume: bool, as_json: bool) -> None:
     )
     recipe = load_recipe(preset_file(PRESET))
     stages.check_free(directory, recipe, resume=resume)
-    document = stages.run_all(preparing.prepare(recipe), directory, resume=resume)
+    prepared = preparing.prepare(recipe, pins=pins_of(directory, resume=True) if resume else None)
+    document = stages.run_all(prepared, directory, resume=resume)
     if as_json:
         console.print_json(document)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -71,8 +72,8 @@ def open_target(target: Path, *, base_only: bool) -> Voice:
     speaks = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
     with console.waiting(f"loading {target}"):
         template = make_template("model", load_tokenizer(speaks))
-        device = this_device()
-        decoder = load_base(folder, _precision(device), device.kind, _quantize(adapter))
+        device, held = this_device(), _settings(adapter)
+        decoder = load_base(folder, _precision(device, held), device.kind, _quantize(held))
         if adapter is not None and not base_only:
             load_adapter(decoder, adapter)
     return Voice(target.name, decoder, template)
@@ -91,13 +92,17 @@ def _base_of(adapter: Path) -> str:
     return base
 
 
-def _quantize(adapter: Path | None) -> Literal["none", "nf4"]:
-    """How the base was held in training, where the adapter lies in its run: what fitted then fits now."""
+def _settings(adapter: Path | None) -> Mapping[str, object]:
+    """What the base was trained with, where the adapter lies in its run."""
     plan = None if adapter is None else RunDirectory(adapter.parent).plan
     if plan is None or not plan.is_file():
-        return "none"
-    settings = cast("dict[str, dict[str, object]]", read_json(plan)).get("settings", {})
-    return "nf4" if settings.get("quantize") == "nf4" else "none"
+        return {}
+    return cast("dict[str, dict[str, object]]", read_json(plan)).get("settings", {})
+
+
+def _quantize(held: Mapping[str, object]) -> Literal["none", "nf4"]:
+    """As the base was held in training: what fitted then fits now."""
+    return "nf4" if held.get("quantize") == "nf4" else "none"
 
 
 def _adapter_of(target: Path) -> Path | None:
@@ -121,6 +126,9 @@ def _adapter_of(target: Path) -> Path | None:
     )
 
 
-def _precision(device: Device) -> str:
-    """16-bit where the hardware is fast in it: what is said is the same, and it comes sooner."""
+def _precision(device: Device, held: Mapping[str, object]) -> str:
+    """That of training, on the same kind of device; else 16-bit where the hardware is fast in it: what is said is the
+    same, and it comes sooner."""
+    if held.get("device") == device.kind and held.get("precision") in ("bf16", "fp16", "fp32"):
+        return str(held["precision"])
     return next((precision for precision in ("bf16", "fp16") if precision in device.fast), "fp32")

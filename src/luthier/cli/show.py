@@ -13,12 +13,21 @@ from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
     from luthier.cli.preparing import Prepared
+    from luthier.plan.plan import Plan
 
-__all__ = ["data", "ending", "evaluation", "files", "plan"]
+__all__ = ["data", "data_notes", "data_table", "ending", "evaluation", "files", "full_plan", "plan"]
+
+_WIDEST = 120
 
 
 def data(prepared: Prepared) -> None:
     """The rows by side, and whatever was done to them."""
+    data_table(prepared)
+    data_notes(prepared)
+
+
+def data_table(prepared: Prepared) -> None:
+    """The rows by side."""
     report = prepared.dataset.report
     shown = console.table("data", "side", ">rows", ">tokens", ">trained", ">median", ">longest", ">cut")
     for name, split in report.splits.items():
@@ -26,6 +35,11 @@ def data(prepared: Prepared) -> None:
             cells = (split.rows, split.tokens, split.labelled, split.median, split.longest, split.truncated)
             shown.add_row(name, *(f"{cell:,}" for cell in cells))
     console.messages.print(shown)
+
+
+def data_notes(prepared: Prepared) -> None:
+    """How the rows were read, and whatever was done to them."""
+    report = prepared.dataset.report
     for source in report.sources:
         how = f"{_rows(source.rows)} read as {source.format} ({source.recognised})"
         weight = f", each seen {source.weight:g} times an epoch" if source.weight != 1 else ""
@@ -54,15 +68,31 @@ def _rows(count: int) -> str:
 
 def plan(prepared: Prepared) -> None:
     """What was decided, in a few lines; the reasons are the plan command's to tell."""
-    from luthier.plan.explain import shown_value
+    from luthier.plan.explain import memory_lines, shown_value, summary, time_lines
 
     made = prepared.plan
-    share = made.trainable_parameters / made.total_parameters
-    trained = f"{made.trainable_parameters:,} of {made.total_parameters:,} parameters ({share:.1%}) are trained"
-    console.say(f"\n[bold]plan[/]  {trained}")
+    console.say(f"\n[bold]plan[/]    {escape(summary(made))}")
+    width = min(console.messages.width, _WIDEST)
+    for line in (*memory_lines(made, width), *time_lines(made, width)):
+        console.messages.print(line)
     words = [f"[dim]{one.setting.split('.')[-1]}[/] {escape(shown_value(one.value))}" for one in made.decisions]
     console.messages.print("  ".join(words))
     console.say("[dim]why each is what it is: luthier plan, or plan.json in the run directory[/]\n")
+
+
+def full_plan(made: Plan, *, why: bool) -> None:
+    """The whole plan, on stdout: memory, time, and the table of decisions, with `why` in full."""
+    from luthier.plan.explain import memory_lines, plan_table, summary, time_lines
+
+    out = console.output
+    out.print(f"[bold]plan[/]    {escape(summary(made))}")
+    width = min(out.width, _WIDEST)
+    for line in (*memory_lines(made, width), *time_lines(made, width)):
+        out.print(line)
+    out.print()
+    out.print(plan_table(made, why=why))
+    if not why:
+        out.print("[dim]reasons in full, sources, and what was rejected: --why; all of it: --json[/]")
 
 
 def _mapping(value: object) -> Mapping[str, object]:

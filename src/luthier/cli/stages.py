@@ -21,6 +21,8 @@ from luthier.recipe.load import dump_recipe
 from luthier.runs import SCHEMA_VERSION, RunDirectory, read_json, write_json, write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from luthier.cli.preparing import Prepared
     from luthier.model.decoder import Decoder
     from luthier.recipe.schema import Recipe
@@ -52,20 +54,30 @@ def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
 def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[TrainResult, Decoder]:
     """Tune an adapter; leaves recipe.yaml, plan.json, data/data.json, events.jsonl, checkpoints/ and adapter/.
 
-    The decoder that is given back holds the run's adapter.
+    The decoder that is given back holds the run's adapter. What plan.json says of the future, it is held against at the
+    end; where the proof (train/proof.py) finds that less fits than planned, it is the plan that fits.
     """
     from luthier.export.merge import write_tokenizer
     from luthier.plan.plan import as_document
+    from luthier.plan.proof import Adopted, adopt, compared, expect
     from luthier.train.display import make_display
-    from luthier.train.loop import check_resumable
+    from luthier.train.loop import Hooks, check_resumable
     from luthier.train.loop import train as train_loop
 
     check_free(run, prepared.recipe, resume=resume)
     check_resumable(run, prepared.dataset, prepared.plan.settings, prepared.recipe.model)
+    former = _measured(run)
     decoder = _load(prepared, "")
     write_text(run.recipe, dump_recipe(prepared.recipe))
-    write_json(run.plan, as_document(prepared.plan))
+    plan = prepared.plan
+    write_json(run.plan, {**as_document(plan), "measured": former})
     _write_data(prepared, run)
+
+    def adopts(adopted: Adopted) -> None:
+        nonlocal plan
+        plan = adopt(plan, adopted)
+        write_json(run.plan, {**as_document(plan), "measured": former})
+
     result = train_loop(
         decoder,
         prepared.dataset,
@@ -74,10 +86,38 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
         base=prepared.recipe.model,
         listener=make_display(),
         resume=resume,
-        # As PEFT's users do: the adapter's folder alone then says how to talk to it.
-        companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
+        hooks=Hooks(
+            # As PEFT's users do: the adapter's folder alone then says how to talk to it.
+            companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
+            forecast=lambda settings, load: expect(prepared.plan, settings, load),
+            adopt=adopts,
+        ),
     )
+    if "train" in result.measured.peaks:  # else all was done before: what was measured then stays
+        found = compared(plan, result.measured)
+        write_json(run.plan, {**as_document(plan), "measured": found})
+        console.say(f"[dim]{_held_against(found)}[/]")
     return result, decoder
+
+
+def _measured(run: RunDirectory) -> object:
+    """What an earlier sitting of the run measured; None where none has come to its end."""
+    return cast("dict[str, object]", read_json(run.plan)).get("measured") if run.plan.is_file() else None
+
+
+def _held_against(found: Mapping[str, object]) -> str:
+    """Memory and speed, as they were and as predicted, in one line."""
+
+    def figure(name: str, form: str, unit: str) -> str:
+        value, predicted, error = (
+            cast("float | None", found[f"{kind}{name}"]) for kind in ("", "predicted_", "error_")
+        )
+        if value is None or predicted is None or error is None:
+            return f"{name.replace('_', ' ')} not known"
+        return f"{value:{form}} {unit} (predicted {predicted:{form}}, {error:+.0%})"
+
+    memory, step = figure("peak_gib", ".2f", "GiB"), figure("step_seconds", ".3g", "s")
+    return f"memory at most {memory}; a step {step}; {figure('tokens_per_second', ',.0f', 'tokens/s')}"
 
 
 def _write_data(prepared: Prepared, run: RunDirectory) -> None:
@@ -149,7 +189,6 @@ def run_all(prepared: Prepared, run: RunDirectory, *, resume: bool) -> dict[str,
     """Every stage in order; gives what each came to."""
     from luthier.cli import show
     from luthier.cli.exporting import export
-    from luthier.plan.plan import as_document
 
     show.data(prepared)
     show.plan(prepared)
@@ -162,13 +201,13 @@ def run_all(prepared: Prepared, run: RunDirectory, *, resume: bool) -> dict[str,
     return {
         "schema": SCHEMA_VERSION,
         "run": str(run.path),
-        "plan": as_document(prepared.plan),
-        "train": train_document(result),
+        "plan": read_json(run.plan),
+        "train": train_document(result, run),
         "evaluation": evaluated,
         "exports": exported,
     }
 
 
-def train_document(result: TrainResult) -> dict[str, object]:
-    """What training came to, for `--json`."""
-    return {**asdict(result), "adapter": str(result.adapter)}
+def train_document(result: TrainResult, run: RunDirectory) -> dict[str, object]:
+    """What training came to, for `--json`; `measured` as in plan.json, beside what was predicted."""
+    return {**asdict(result), "adapter": str(result.adapter), "measured": _measured(run)}

@@ -134,13 +134,8 @@ class Batches:
         self.examples = examples
         self.batch_size = batch_size
         self.micro_batch = min(micro_batch, batch_size)
-        lengths: NDArray[np.int32] | None = None
-        if capacity is not None or longest_first:
-            lengths = (
-                examples.lengths
-                if isinstance(examples, Measured)
-                else np.fromiter((len(example) for example in examples), np.int32, len(examples))
-            )
+        self._packed = capacity is not None
+        lengths = self._lengths() if capacity is not None or longest_first else None
         self._epochs = Epochs(
             len(examples),
             seed,
@@ -149,6 +144,27 @@ class Batches:
             capacity=capacity,
             longest_first=batch_size if longest_first else 0,
         )
+
+    def _lengths(self) -> NDArray[np.int32]:
+        if isinstance(self.examples, Measured):
+            return self.examples.lengths
+        return np.fromiter((len(example) for example in self.examples), np.int32, len(self.examples))
+
+    def heaviest(self) -> Batch:
+        """As many of the longest rows, or of the first epoch's fullest packs, as a micro-batch may have, together.
+
+        No micro-batch has more tokens (of packs: none of the first epoch). A row of weight 2 may stand in it twice.
+        """
+        lengths = self._lengths().astype(np.int64)
+        if self._packed:
+            units = self._epochs.units_of(0)
+            tokens = np.add.reduceat(lengths[units.rows], units.starts[:-1])
+            rows = np.concatenate([units[pack] for pack in np.argsort(-tokens, kind="stable")[: self.micro_batch]])
+        else:
+            weights = self.examples.weights if isinstance(self.examples, Measured) else np.ones(len(lengths))
+            seen = np.repeat(np.arange(len(lengths)), np.ceil(weights).astype(np.int64))
+            rows = seen[np.argsort(-lengths[seen], kind="stable")[: self.micro_batch]]
+        return pack([self.examples[row] for row in rows.tolist()])
 
     @property
     def rows_per_epoch(self) -> int:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from luthier.errors import UsageError
-from luthier.runs import read_json, write_json
+from luthier.runs import cache_root, read_json, write_json
 
 __all__ = ["cache_folder", "content_digest", "mark_used", "remove_unused"]
 
@@ -37,9 +37,7 @@ def cache_folder(name: str) -> Path:
     Raises:
         UsageError: it cannot be written to.
     """
-    chosen = os.environ.get("LUTHIER_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
-    folder = (Path(chosen) if chosen else base) / name
+    folder = cache_root() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

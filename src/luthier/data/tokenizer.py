@@ -32,9 +32,10 @@ from tokenizers import Tokenizer
 from luthier.data.conversation import Turn
 from luthier.data.jinja_chat import render_chat
 from luthier.data.tokenizer_cache import About, find_tokenizer, keep_tokenizer
+from luthier.data.tokenizer_plain import read_plain
 from luthier.errors import DataError, ModelError
 
-__all__ = ["ChatTokenizer", "Guarded", "Tokens", "load_tokenizer"]
+__all__ = ["ChatTokenizer", "Guarded", "Tokens", "has_tokenizer", "load_tokenizer"]
 
 Guarded: TypeAlias = tuple[str, str]
 """A text rendered from guarded contents, and the mark that `guard` gave."""
@@ -299,13 +300,18 @@ def _eos_ids(folder: Path) -> list[int]:
     return found
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds files that a tokenizer is made of."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def load_tokenizer(folder: Path) -> ChatTokenizer:
     """The tokenizer of a model folder. Nothing is downloaded and no code of the model's is run.
 
     Raises:
         ModelError: there is no tokenizer, it cannot be read, or it is not of the fast kind.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json)", "put the model's tokenizer files there")
     kept = find_tokenizer(folder)
     if kept is not None:
@@ -318,7 +324,18 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
 
 
 def _load(folder: Path) -> ChatTokenizer:
-    """By transformers, which knows what each model's files mean."""
+    """From its files, where they say it all; else by transformers, which knows what each model's files mean."""
+    plain = read_plain(folder)
+    if plain is None:
+        return _load_by_transformers(folder)
+    backend, special = plain.backend, plain.special
+    eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return ChatTokenizer(
+        backend, folder, special, [*_eos_ids(folder), *([] if eos is None else [eos])], plain.chat_template
+    )
+
+
+def _load_by_transformers(folder: Path) -> ChatTokenizer:
     from transformers import AutoTokenizer  # here: it takes seconds
 
     try:

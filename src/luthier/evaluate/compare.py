@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from luthier.data.conversation import IGNORED, Example
+from luthier.data.conversation import Example
 from luthier.data.prepare import Dataset
 from luthier.data.render import Template
-from luthier.errors import DataError, UsageError
 from luthier.evaluate.loss import HeldOut, held_out_loss
-from luthier.evaluate.tasks import TASKS, Answered, Task, TaskResult, check_task, run_task
+from luthier.evaluate.questions import check_tasks, held_out_rows, reference_of, tasks_named
+from luthier.evaluate.tasks import Answered, TaskResult, run_task
 from luthier.generate.generate import complete
 from luthier.model.decoder import Decoder
 from luthier.model.lora import set_lora_enabled
 from luthier.recipe.schema import EvaluateRecipe
 from luthier.runs import SCHEMA_VERSION
 
-__all__ = ["Comparison", "Progress", "Sample", "as_document", "check_tasks", "compare"]
+__all__ = ["Comparison", "Progress", "Sample", "as_document", "compare"]
 
 Progress = Callable[[int, int], None]
 """Called with answers done and answers in all."""
@@ -74,19 +74,6 @@ def _lora(decoder: Decoder, enabled: bool) -> Iterator[None]:
         set_lora_enabled(decoder, True)
 
 
-def _tasks(names: Sequence[str]) -> list[Task]:
-    unknown = [name for name in names if name not in TASKS]
-    if unknown:
-        raise UsageError(f"there is no task {', '.join(unknown)}", f"known tasks: {', '.join(TASKS)}")
-    return [TASKS[name] for name in names]
-
-
-def _reference(example: Example, template: Template) -> str:
-    start = example.answer_start
-    answer = [int(label) for label in example.labels[start:] if label != IGNORED and label not in template.stop_ids]
-    return template.tokenizer.decode(answer, skip_special=True)
-
-
 def _answers(
     decoder: Decoder, template: Template, examples: Sequence[Example], limit: int, done: Callable[[], None]
 ) -> list[Answered]:
@@ -94,7 +81,7 @@ def _answers(
     for example in examples:
         prompt = example.ids[: example.answer_start].tolist()
         answer = complete(decoder, template.tokenizer, prompt, stop_ids=template.stop_ids, max_new_tokens=limit)
-        reference = _reference(example, template)
+        reference = reference_of(example, template)
         found.append(Answered(example.fields, reference, answer.text, len(answer.ids), answer.ended))
         done()
     return found
@@ -108,28 +95,6 @@ def _question(example: Example, template: Template) -> str:
     return template.tokenizer.decode(example.ids[: example.answer_start].tolist(), skip_special=True).strip()
 
 
-def _held_out(dataset: Dataset, limit: int | None) -> tuple[str, Sequence[Example]]:
-    split, rows = ("test", dataset.test) if dataset.test else ("eval", dataset.eval)
-    if not rows:
-        raise DataError("there are no held-out rows to evaluate on", "give split.eval or split.test a share")
-    return split, rows[:limit]
-
-
-def check_tasks(dataset: Dataset, recipe: EvaluateRecipe) -> None:
-    """Find what `compare` would refuse, from the rows alone: before a model is loaded, let alone trained.
-
-    Raises UsageError for a task that is not known; DataError where tasks are asked for and nothing is held out, where
-    no held-out row fits a task, and where one fits but cannot be scored.
-    """
-    tasks = _tasks(recipe.tasks)
-    if not tasks:
-        return
-    _, rows = _held_out(dataset, recipe.limit)
-    known = [(row.fields, _reference(row, dataset.template)) for row in rows if row.answer_start > 0]
-    for task in tasks:
-        check_task(task, known)
-
-
 def compare(decoder: Decoder, dataset: Dataset, recipe: EvaluateRecipe, progress: Progress | None = None) -> Comparison:
     """Evaluate `decoder` without and with its LoRA, which is on afterwards.
 
@@ -137,8 +102,8 @@ def compare(decoder: Decoder, dataset: Dataset, recipe: EvaluateRecipe, progress
     Raises DataError where nothing is held out, or no row fits a task; UsageError for a task that is not known.
     """
     check_tasks(dataset, recipe)
-    tasks = _tasks(recipe.tasks)
-    split, rows = _held_out(dataset, recipe.limit)
+    tasks = tasks_named(recipe.tasks)
+    split, rows = held_out_rows(dataset, recipe.limit)
     # A prompt that leaves no room for an answer can be scored by its loss, but not answered.
     answerable = [row for row in rows if 0 < row.answer_start < decoder.config.max_positions]
     asked = answerable if tasks else answerable[: recipe.samples]

@@ -11,7 +11,7 @@ the packing weighs a token differently.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +33,22 @@ class HeldOut:
     tokens: int
 
 
-def held_out_loss(decoder: Decoder, examples: Sequence[Example], tokens_per_batch: int = 4096) -> HeldOut:
+def held_out_loss(
+    decoder: Decoder,
+    examples: Sequence[Example],
+    tokens_per_batch: int = 4096,
+    between: Callable[[int], None] | None = None,
+) -> HeldOut:
     """The loss of `decoder`, as it is now, on `examples`; dropout off, no gradients, the decoder's mode left as found.
 
-    Rows go through together up to `tokens_per_batch` tokens at a time (a longer row goes alone). Raises DataError when
-    not one token is labelled.
+    Rows go through together up to `tokens_per_batch` tokens at a time (a longer row goes alone). `between` is told
+    after each such group how many rows are done; what it raises ends the evaluation. Raises DataError when not one
+    token is labelled.
     """
     training = decoder.training
     decoder.eval()
     try:
-        total, tokens = _summed(decoder, examples, tokens_per_batch)
+        total, tokens = _summed(decoder, examples, tokens_per_batch, between)
     finally:
         decoder.train(training)
     if tokens == 0:
@@ -52,14 +58,19 @@ def held_out_loss(decoder: Decoder, examples: Sequence[Example], tokens_per_batc
 
 
 @torch.inference_mode()
-def _summed(decoder: Decoder, examples: Sequence[Example], tokens_per_batch: int) -> tuple[float, int]:
-    total, tokens = 0.0, 0
+def _summed(
+    decoder: Decoder, examples: Sequence[Example], tokens_per_batch: int, between: Callable[[int], None] | None
+) -> tuple[float, int]:
+    total, tokens, rows = 0.0, 0, 0
     for group in _groups(examples, tokens_per_batch):
         packed = pack(group)
         tokens += packed.labelled
         batch = packed.to(decoder.device)
         hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
         total += float(decoder.kernels.linear_cross_entropy(hidden_TD, decoder.head_weight, batch.labels_T))
+        rows += len(group)
+        if between is not None:
+            between(rows)
     return total, tokens
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["GIB", "Device", "DeviceKind", "Format", "MatmulRate", "Precision", "Rates"]
+__all__ = ["GIB", "AttentionRate", "Device", "DeviceKind", "Format", "MatmulRate", "Precision", "Rates"]
 
 GIB = 2**30
 
@@ -26,20 +26,35 @@ class MatmulRate:
 
 
 @dataclass(frozen=True)
+class AttentionRate:
+    """Fused causal attention over documents of `length` tokens: useful FLOP/s, 2 L² H d forward and 2.5 times that
+    backward (the masked half is not counted, what the backward pass computes again is)."""
+
+    precision: Precision
+    length: int
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a device does in a second, as large programs reach it (not the datasheet's peak).
 
-    matmul: ascending in width for each precision. attention: fused attention products, FLOP/s. bandwidth: bytes read
-    and written by element-wise operations. dequantize: weights turned from NF4 into the compute dtype. operation:
-    seconds that one operation costs however small it is (the launch, Python, autograd). source: who says so.
+    matmul: ascending in width for each precision. attention: ascending in length for each precision; one length will
+    do where long documents are all that is known. bandwidth: bytes read and written by element-wise operations (4 an
+    element on a CPU, which computes narrow formats in fp32). dequantize: weights turned from NF4 into the compute
+    dtype. operation: seconds that one operation costs however small it is (the launch, Python, autograd). source: who
+    says so. fresh: bytes of large new blocks that the system hands out and the program touches first; None: free, as
+    where an allocator keeps its blocks.
     """
 
     matmul: tuple[MatmulRate, ...]
-    attention: tuple[tuple[Precision, float], ...]
+    attention: tuple[AttentionRate, ...]
     bandwidth: float
     dequantize: float
     operation: float
     source: str
+    fresh: float | None = None
 
 
 @dataclass(frozen=True)

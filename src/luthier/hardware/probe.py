@@ -1,165 +1,133 @@
-"""Looks at this machine and says what it has. The only impure file of the plan's side of the house.
+"""Looks at this machine and says what it has. With the files it calls, the only impure part of the plan's side.
 
 Torch is imported only where there is a sign of an accelerator, so that on a plain CPU a plan takes no seconds to start.
-Every reader takes the root of the file system, so that tests can lay out the files of machines they do not sit at.
-
-Sources: proc(5) for cpuinfo; the kernel's admin guide for cgroup v1 (memory.limit_in_bytes, cpu.cfs_quota_us) and v2
-(memory.max, cpu.max; limits of every ancestor hold); the CUDA programming guide's table of compute capabilities for
-fp16 (7.0: tensor cores) and bf16 (8.0).
 """
 
 from __future__ import annotations
 
-import math
-import os
 import platform
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from luthier.hardware.device import GIB, Device, Precision
+from luthier.hardware.accelerators import (
+    Gpu,
+    Platform,
+    Run,
+    accelerator_signs,
+    driver_version,
+    gpu_device,
+    intel_signs,
+    link_speed,
+    run_tool,
+    torch_gpus,
+)
+from luthier.hardware.calibrate import stored_rates
+from luthier.hardware.cgroups import ROOT, cgroup_memory
+from luthier.hardware.cpu import cpu_device, cpu_flags, free_memory
+from luthier.hardware.device import GIB, Device
 
-__all__ = ["accelerator_signs", "cgroup_cores", "cgroup_memory", "cpu_device", "this_device"]
+__all__ = ["Accelerator", "Machine", "describe", "free_disk", "this_device"]
 
-_ROOT = Path("/")
-_UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number just below 2**63
-_TENSOR_CORES = (7, 0)
-_BF16_CORES = (8, 0)
-_MAC_WITH_BF16 = 14  # Metal computes bf16 from macOS 14 on
-
-
-def this_device() -> Device:
-    """The device that this machine trains on: the first CUDA device, else Apple's GPU, else the CPU."""
-    if accelerator_signs(_ROOT):
-        import torch
-
-        if torch.cuda.is_available():
-            return _cuda_device()
-        if torch.backends.mps.is_available():
-            return _mps_device()
-    return cpu_device()
-
-
-def accelerator_signs(root: Path) -> bool:
-    """Whether there may be an accelerator: a driver's device file (NVIDIA, WSL's, AMD's), or a Mac of Apple silicon."""
-    if any((root / "dev" / name).exists() for name in ("nvidiactl", "nvidia0", "dxg", "kfd")):
-        return True
-    return platform.system() == "Darwin" and platform.machine() == "arm64"
+Look = Callable[[bool], tuple[Gpu, ...]]
+"""Gives the GPUs that torch can use; with True asks each for its free memory."""
 
 
-def _cuda_device() -> Device:
-    import torch
+@dataclass(frozen=True)
+class Accelerator:
+    """One accelerator of this machine. free_gib None: it was not asked. trains: whether this version trains on it."""
 
-    properties = torch.cuda.get_device_properties(0)
-    capability = (properties.major, properties.minor)
-    fast: tuple[Precision, ...] = ("fp32",)
-    if torch.version.hip is not None:  # AMD: the capability numbers mean other things
-        fast = ("bf16", "fp16", "fp32") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp16", "fp32")
-    elif capability >= _BF16_CORES:
-        fast = ("bf16", "fp16", "fp32")
-    elif capability >= _TENSOR_CORES:
-        fast = ("fp16", "fp32")
-    return Device("cuda", properties.name, properties.total_memory / GIB, _cores(_ROOT), capability, fast)
+    platform: Platform
+    name: str
+    memory_gib: float
+    free_gib: float | None
+    capability: tuple[int, int] | None
+    trains: bool
 
 
-def _mps_device() -> Device:
-    import torch
+@dataclass(frozen=True)
+class Machine:
+    """All that `luthier doctor` shows of the hardware.
 
-    release = platform.mac_ver()[0].split(".")[0]
-    new = release.isdecimal() and int(release) >= _MAC_WITH_BF16
-    fast: tuple[Precision, ...] = ("bf16", "fp16", "fp32") if new else ("fp16", "fp32")
-    memory = torch.mps.recommended_max_memory() / GIB
-    return Device("mps", f"Apple {platform.processor() or platform.machine()} GPU", memory, _cores(_ROOT), None, fast)
-
-
-def cpu_device(root: Path = _ROOT) -> Device:
-    """The CPU, with what this process may use of it."""
-    records = _cpuinfo(root)
-    first = records[0] if records else {}
-    flags = set((first.get("flags") or first.get("Features") or "").split())
-    # x86 calls it avx512_bf16 or amx_bf16, 64-bit ARM just bf16.
-    fast: tuple[Precision, ...] = ("bf16", "fp32") if flags & {"avx512_bf16", "amx_bf16", "bf16"} else ("fp32",)
-    name = first.get("model name") or platform.processor() or platform.machine()
-    memory = float(psutil.virtual_memory().total)
-    limit = cgroup_memory(root)
-    return Device("cpu", name, (memory if limit is None else min(memory, limit)) / GIB, _cores(root), None, fast)
-
-
-def _cpuinfo(root: Path) -> list[dict[str, str]]:
-    """One mapping for each logical processor; empty where there is no /proc."""
-    path = root / "proc" / "cpuinfo"
-    if not path.is_file():
-        return []
-    records: list[dict[str, str]] = []
-    for block in path.read_text(encoding="utf-8", errors="replace").split("\n\n"):
-        pairs = (line.partition(":") for line in block.splitlines())
-        record = {name.strip(): value.strip() for name, colon, value in pairs if colon}
-        if "processor" in record:
-            records.append(record)
-    return records
-
-
-def _cores(root: Path) -> int:
-    """Physical cores that this process may use: its affinity mask, then the container's share of CPU time."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    records = _cpuinfo(root)
-    cores: set[tuple[str, str]] = set()
-    for record in records:
-        if (allowed is None or int(record["processor"]) in allowed) and "core id" in record:
-            cores.add((record.get("physical id", "0"), record["core id"]))
-    count = len(cores) or (len(allowed) if allowed else psutil.cpu_count(logical=False) or 1)
-    share = cgroup_cores(root)
-    return max(1, count if share is None else min(count, math.ceil(share)))
-
-
-def _cgroups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders whose limits hold for this process: its own group's and every ancestor's, of v1 and v2.
-
-    Inside a container the path in /proc may not be mounted; then the mount's own top is the container's group.
+    device: the one that trains here, as plans get it. flags: the CPU's extensions that matter. total_gib, free_gib: the
+    host's memory, and what of it can be had now in this container. limit_gib: the container's limit, None without one.
+    disk: the folder whose disk was looked at. driver: NVIDIA's kernel driver; None: none. signs: whether there is a
+    driver's device file, be it that torch can use it or not.
     """
-    listing = root / "proc" / "self" / "cgroup"
-    mount = root / "sys" / "fs" / "cgroup"
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
-    tops = {mount: "", mount / controller: ""}
-    for line in lines:
-        number, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if number == "0" and not names:
-            tops[mount] = path
-        elif controller in names.split(","):
-            tops[mount / controller] = path
-    for top, path in tops.items():
-        folder = top / path.lstrip("/")
-        while folder != top and top in folder.parents:
-            if folder.is_dir():
-                yield folder
-            folder = folder.parent
-        yield top
+
+    system: str
+    device: Device
+    cpu: Device
+    flags: tuple[str, ...]
+    total_gib: float
+    free_gib: float
+    limit_gib: float | None
+    disk: Path
+    disk_gib: float
+    accelerators: tuple[Accelerator, ...]
+    driver: str | None
+    signs: bool
 
 
-def _first_numbers(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+def this_device(root: Path = ROOT, look: Look = torch_gpus, folder: Path | None = None, run: Run = run_tool) -> Device:
+    """The device that this machine trains on: the first CUDA device, else Apple's GPU, else the CPU.
+
+    folder: where runs go to, whose disk counts; left out, the current one. Rates are those that were measured on it
+    before, if any.
+    """
+    gpus = look(False) if accelerator_signs(root) else ()
+    return _device(gpus, root, Path.cwd() if folder is None else folder, run)
 
 
-def cgroup_memory(root: Path = _ROOT) -> int | None:
-    """The container's memory limit in bytes, the least along its ancestors; None where there is none."""
-    limits = []
-    for folder in _cgroups(root, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            words = _first_numbers(folder / name)
-            if words and words[0].isdecimal() and int(words[0]) < _UNLIMITED:
-                limits.append(int(words[0]))
-    return min(limits, default=None)
+def describe(root: Path = ROOT, look: Look = torch_gpus, folder: Path | None = None, run: Run = run_tool) -> Machine:
+    """The whole machine, every accelerator asked."""
+    signs = accelerator_signs(root)
+    gpus = look(True) if signs or intel_signs(root) else ()
+    where = _existing(Path.cwd() if folder is None else folder)
+    limit = cgroup_memory(root)
+    total = int(psutil.virtual_memory().total)
+    return Machine(
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        device=_device(gpus, root, where, run),
+        cpu=cpu_device(root),
+        flags=cpu_flags(root),
+        total_gib=total / GIB,
+        free_gib=free_memory(root) / GIB,
+        limit_gib=None if limit is None or limit >= total else limit / GIB,
+        disk=where,
+        disk_gib=free_disk(where),
+        accelerators=tuple(_accelerator(gpu) for gpu in gpus),
+        driver=driver_version(root),
+        signs=signs,
+    )
 
 
-def cgroup_cores(root: Path = _ROOT) -> float | None:
-    """The container's share of CPU time in cores, the least along its ancestors; None where there is no limit."""
-    shares = []
-    for folder in _cgroups(root, "cpu"):
-        words = _first_numbers(folder / "cpu.max")
-        if not words:
-            words = [*_first_numbers(folder / "cpu.cfs_quota_us"), *_first_numbers(folder / "cpu.cfs_period_us")]
-        if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]) > 0:  # -1, max: no limit
-            shares.append(int(words[0]) / int(words[1]))
-    return min(shares, default=None)
+def free_disk(folder: Path) -> float:
+    """GiB free to this user on the disk that `folder` is on, or will be once it is made."""
+    return shutil.disk_usage(_existing(folder)).free / GIB
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _device(gpus: tuple[Gpu, ...], root: Path, folder: Path, run: Run) -> Device:
+    usable = gpus if gpus and gpus[0].platform != "xpu" else ()
+    if usable:
+        several = len(usable) > 1 and usable[0].platform == "cuda"
+        device = gpu_device(usable, root, link_speed(run) if several else None)
+    else:
+        device = cpu_device(root)
+    device = replace(device, disk_gib=free_disk(folder))
+    return replace(device, rates=stored_rates(device))
+
+
+def _accelerator(gpu: Gpu) -> Accelerator:
+    free = None if gpu.free is None else gpu.free / GIB
+    return Accelerator(gpu.platform, gpu.name, gpu.total / GIB, free, gpu.capability, gpu.platform != "xpu")

@@ -7,12 +7,12 @@ lie one after another along T, and `lengths` says where each ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from luthier.kernels.attention import attention, cached_attention
+from luthier.kernels.attention import attention, cached_attention, efficient_attention, only_math
 from luthier.kernels.loss import IGNORED, linear_cross_entropy
 from luthier.kernels.pointwise import rms_norm, rope, swiglu
 
@@ -22,7 +22,10 @@ __all__ = [
     "Kernels",
     "attention",
     "cached_attention",
+    "efficient_attention",
+    "kernels_with",
     "linear_cross_entropy",
+    "only_math",
     "rms_norm",
     "rope",
     "swiglu",
@@ -77,3 +80,10 @@ class Kernels:
 
 REFERENCE = Kernels("reference", rms_norm, rope, swiglu, attention, cached_attention, linear_cross_entropy)
 """Plain torch, on every device."""
+
+
+def kernels_with(attention: Literal["flash", "efficient", "math"]) -> Kernels:
+    """The reference for a wanted implementation of attention (kernels/attention.py); to "math" belongs `only_math`."""
+    if attention == "efficient":
+        return replace(REFERENCE, name="reference, efficient attention", attention=efficient_attention)
+    return REFERENCE

@@ -7,15 +7,39 @@ Legend: T query tokens, S cached tokens, H query heads, K key heads (H a multipl
 
 Each document is one call of torch's scaled_dot_product_attention, so nothing is padded and no document sees another;
 documents that are all equally long are one call together. A mask is built only where a document outgrows the window.
+
+torch has several implementations behind that call and takes the first that can do what is asked. Its documentation says
+that of those on CUDA only FlashAttention and the plain one (`math`) know grouped queries; so on a device, or in a
+precision, that FlashAttention has no kernel for, grouped queries fall to `math`, which holds all scores of all heads.
+`efficient_attention` repeats the keys and values for each query head first, which lets the memory-efficient kernel
+(Rabe and Staats 2021, arXiv 2112.05682) take the call, and a mask with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["attention", "cached_attention"]
+__all__ = ["attention", "cached_attention", "efficient_attention", "only_math"]
+
+
+@contextmanager
+def only_math(name: Literal["flash", "efficient", "math"]) -> Iterator[None]:
+    """With "math": no other implementation is taken while the block runs, its backward passes included.
+
+    With the others torch stays free to choose. The setting is of the process, so one block goes around a whole run.
+    """
+    if name != "math":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -46,6 +70,16 @@ def attention(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: tuple[int, .
     cuts = list(lengths)
     documents = zip(torch.split(q_THd, cuts), torch.split(k_TKd, cuts), torch.split(v_TKd, cuts), strict=True)
     return torch.cat([_attend(q[None], k[None], v[None], window)[0] for q, k, v in documents])
+
+
+def efficient_attention(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: tuple[int, ...], window: int | None
+) -> Tensor:
+    """`attention` with keys and values repeated for each query head; see above."""
+    queries = q_THd.shape[1] // k_TKd.shape[1]
+    if queries > 1:
+        k_TKd, v_TKd = k_TKd.repeat_interleave(queries, 1), v_TKd.repeat_interleave(queries, 1)
+    return attention(q_THd, k_TKd, v_TKd, lengths, window)
 
 
 def cached_attention(q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, window: int | None) -> Tensor:

@@ -59,6 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_nD[start : start + chunk] = error_CV.to(h_CD.dtype) @ weight_VD
             if grad_VD is not None:
                 grad_VD += error_CV.T @ h_CD.to(wide)
+            del logits_CV, error_CV  # else they are held while the next chunk is made
         ctx.grads = (grad_nD, None if grad_VD is None else grad_VD.to(weight_VD.dtype))
         return total
 

@@ -40,6 +40,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 TARGETS: Mapping[str, tuple[str, ...]] = {"all-linear": PROJECTIONS, "attention": PROJECTIONS[:4]}
 """Names for groups of projections, as a recipe's `adapter.targets` may say them."""
 
+_REQUIRED = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 RopeKind = Literal["default", "llama3", "linear", "yarn"]
 
 
@@ -186,34 +188,30 @@ class _Keys:
         said = "is missing" if value is None else f"is {value!r}"
         return ModelError(f"{self.where}: `{key}` {said}, it must be {wanted}", "Fetch the model again.")
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def _given(self, key: str, default: object) -> object:
         value = self.values.get(key)
-        if value is None and default is not None:
-            return default
+        return default if value is None else value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._wrong(key, "a positive whole number")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
+        value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise self._wrong(key, "a number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
+        value = self._given(key, default)
         if not isinstance(value, bool):
             raise self._wrong(key, "true or false")
         return value
 
     def text(self, key: str, default: str) -> str:
-        value = self.values.get(key)
-        if value is None:
-            return default
+        value = self._given(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, "a text")
         return value
@@ -298,11 +296,14 @@ def read_config(folder: Path) -> ModelConfig:
 
 def _family(keys: _Keys) -> Family:
     name = keys.text("model_type", "")
-    if name not in FAMILIES:
+    if name not in FAMILIES and keys.values.get("model_type") is not None:
         raise ModelError(
             f"{keys.where}: the model family {name!r} is not supported",
             f"Supported families: {', '.join(FAMILIES)} (all their sizes). Choose a model of one of them.",
         )
+    if missing := [f"`{key}`" for key in _REQUIRED if keys.values.get(key) is None]:
+        are = "is missing" if len(missing) == 1 else "are missing"
+        raise ModelError(f"{keys.where}: {', '.join(missing)} {are}", "Fetch the model again.")
     activation = keys.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"{keys.where}: `hidden_act` is {activation!r}; only silu is implemented",

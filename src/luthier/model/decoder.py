@@ -137,7 +137,8 @@ class _Body(nn.Module):
 class Decoder(nn.Module):
     """A causal language model with frozen weights. Made empty (see load_decoder for one with weights).
 
-    `checkpointing` True recomputes each layer in the backward pass instead of keeping what is inside it.
+    The first `checkpointing` layers are recomputed in the backward pass, which keeps their inputs only. It is the first
+    because their turn comes last, when the later layers' activations are free again. 0: none.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.checkpointing = False
+        self.checkpointing = 0
         self.model = _Body(config, kernels, linear)
         self.lm_head = None if config.tied else _Table(config.vocab_size, config.hidden_size)
         self._rope = RopeTable(config)
@@ -166,6 +167,12 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
+    def use(self, kernels: Kernels) -> None:
+        """Compute with these kernels from now on."""
+        for module in self.modules():
+            if isinstance(module, (Decoder, _Attention, _MLP, _Norm)):
+                module.kernels = kernels
+
     def hidden(self, ids_T: Tensor, lengths: tuple[int, ...] | None = None, cache: Cache | None = None) -> Tensor:
         """h_TD after the final norm.
 
@@ -174,9 +181,10 @@ class Decoder(nn.Module):
         """
         positions = self._positions(ids_T, lengths, cache)
         h_TD = functional.embedding(ids_T, self.model.embed_tokens.weight)
-        recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
-        for layer in self.model.layers:
-            h_TD = checkpoint(layer, h_TD, positions, use_reentrant=False) if recompute else layer(h_TD, positions)
+        recomputed = self.checkpointing if cache is None and torch.is_grad_enabled() else 0
+        for number, layer in enumerate(self.model.layers):
+            again = number < recomputed
+            h_TD = checkpoint(layer, h_TD, positions, use_reentrant=False) if again else layer(h_TD, positions)
         if cache is not None:
             cache.length += ids_T.shape[0]
         out_TD: Tensor = self.model.norm(h_TD)

@@ -1,13 +1,16 @@
 """Safetensors into a decoder, one tensor at a time.
 
 The decoder is made on torch's meta device, where it costs nothing. Before anything is read, the headers of all shards
-are compared with it, and every missing, unexpected or misshaped tensor is reported at once. Then shard by shard each
-tensor is copied (converted to the compute dtype, moved to the device, quantised) and its file mapping dropped, so the
-peak is the weights and one shard.
+are compared with it, and every missing, unexpected or misshaped tensor is reported at once. Then each tensor is copied
+(converted to the compute dtype, moved to the device, quantised) under a file mapping of its own. What is read of a
+mapping counts as the process's memory until the mapping is dropped, so the peak is the weights and one tensor.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -26,6 +29,9 @@ __all__ = ["load_decoder"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The safetensors dtypes that hold plain weights."""
+
+HOLES = 2**28
+"""Bytes quantised between two calls of `_return_freed`: it takes milliseconds, and each page given back a fault."""
 
 
 def load_decoder(
@@ -48,12 +54,36 @@ def load_decoder(
     shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     _check(folder, files, shapes, config.tied)
     with torch.inference_mode(False):
+        freed = 0
         for file in files:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  (not a dict)
-                    if name in shapes:
-                        _place(decoder, name, shard.get_tensor(name), dtype, torch.device(device))
+            for name in _names(file):
+                if name not in shapes:
+                    continue
+                with safe_open(file, framework="pt") as shard:
+                    _place(decoder, name, shard.get_tensor(name), dtype, torch.device(device))
+                freed += math.prod(shapes[name]) * dtype.itemsize
+                if quantize != "none" and freed > HOLES:
+                    _return_freed()
+                    freed = 0
+    if quantize != "none":
+        _return_freed()
     return decoder.eval()
+
+
+def _return_freed() -> None:
+    """Have the C library give freed memory back to the system, where it has a word for that (glibc).
+
+    Quantising leaves holes between what it keeps: half a gigabyte of them in a model of a billion parameters.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as shard:
+        return list(shard.keys())
 
 
 def _place(decoder: Decoder, name: str, stored: Tensor, dtype: torch.dtype, device: torch.device) -> None:

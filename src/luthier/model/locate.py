@@ -3,7 +3,7 @@
 `sprig` is the model bundled with the package; a path is a folder in Hugging Face's layout; anything else is an id on
 the Hugging Face hub, of which the safetensors, JSON, tokenizer and license files are fetched into the hub's own cache
 (never pickled weights, never code). The config comes first, so that a family that is not supported costs no long
-download.
+download; a plan needs no more than that (`locate_config`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from luthier.errors import ModelError
 from luthier.model.config import read_config
 from luthier.runs import read_json
 
-__all__ = ["BUNDLED", "locate_model", "weight_files"]
+__all__ = ["BUNDLED", "locate_config", "locate_model", "weight_files"]
 
 BUNDLED = "sprig"
 """The name of the model that comes with the package."""
@@ -28,6 +28,11 @@ SMALL_FILES = (
     *("*.json", "*.jinja", "tokenizer.model", "merges.txt"),
     *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),  # the terms go with what is made of the model
 )
+CONFIG_FILES = (
+    *("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "*.jinja", "chat_template.json"),
+)
+"""What says of a model what it is and how it reads text."""
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -76,6 +81,28 @@ def locate_model(name: str) -> Path:
     Raises ModelError where it cannot be had: no such folder or id, no network, gated, pickled weights only, or of a
     family that is not supported.
     """
+    folder = _on_disk(name)
+    if folder is None:
+        return _from_hub(name)
+    read_config(folder)
+    weight_files(folder)
+    return folder
+
+
+def locate_config(name: str) -> Path:
+    """A folder with the config of the model `name`, and its tokenizer where it has one; weights need not be there.
+
+    Of a hub id only these few files are fetched. Raises ModelError as `locate_model` does, weights aside.
+    """
+    folder = _on_disk(name)
+    if folder is None:
+        return _config_from_hub(name, CONFIG_FILES)
+    read_config(folder)
+    return folder
+
+
+def _on_disk(name: str) -> Path | None:
+    """The bundled model's folder, or the one that `name` is; None where it reads as a hub id."""
     if name == BUNDLED:
         folder = Path(__file__).resolve().parent.parent / "assets" / BUNDLED
         if not folder.is_dir():
@@ -83,21 +110,24 @@ def locate_model(name: str) -> Path:
         return folder
     folder = Path(name).expanduser()
     if folder.is_dir():
-        read_config(folder)
-        weight_files(folder)
         return folder
     if folder.exists():
         raise ModelError(f"the model {name} is a file", "Give the folder that holds config.json and the weights.")
     if name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise ModelError(f"there is no folder {name}", f"Give a folder, an id on the Hugging Face hub, or {BUNDLED}.")
-    return _from_hub(name)
+    return None
 
 
-def _from_hub(name: str) -> Path:
-    folder = _fetch(name, SMALL_FILES)
+def _config_from_hub(name: str, patterns: tuple[str, ...]) -> Path:
+    folder = _fetch(name, patterns)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name} on the hub has no config.json", "Choose a model in transformers' layout.")
     read_config(folder)
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    _config_from_hub(name, SMALL_FILES)
     folder = _fetch(name, SMALL_FILES + WEIGHT_FILES)
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         raise ModelError(

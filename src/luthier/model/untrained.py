@@ -51,7 +51,7 @@ def untrained_tokens(folder: Path, ids: Sequence[int]) -> tuple[int, ...]:
 def _untrained(raw_VB: NDArray[np.uint8], dtype: str, ids: Sequence[int]) -> tuple[int, ...]:
     """Legend: V vocabulary, B bytes of a row, S sampled rows, K rows asked for."""
     sample = np.linspace(0, len(raw_VB) - 1, min(_SAMPLE, len(raw_VB))).astype(np.int64)
-    usual = float(np.median(np.linalg.norm(_floats(raw_VB[sample], dtype), axis=1)))
+    usual = float(np.sort(np.linalg.norm(_floats(raw_VB[sample], dtype), axis=1))[len(sample) // 2])
     norms_K = np.linalg.norm(_floats(raw_VB[np.array(ids, dtype=np.int64)], dtype), axis=1)
     rows = [raw_VB[number].tobytes() for number in ids]
     return tuple(

@@ -1,15 +1,16 @@
 """recipe + machine + model's shape + facts of the data -> Plan. Pure: no weights are read, the machine is not asked.
 
-Every `auto` is resolved by a rule of adapter.py, machine.py, rows.py or schedule.py; what the user set is kept as it
-is, and questioned in its reason where the evidence is against it. Order matters only where one choice rests on another.
+Every `auto` is resolved: what the hardware or the data decides by a rule of adapter.py, machine.py, rows.py or
+schedule.py, what memory and time decide by search.py. What the user set is kept as it is, and questioned in its reason
+where the evidence is against it. Order matters only where one choice rests on another.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from luthier.errors import DataError
-from luthier.hardware.device import Device
+from luthier.errors import DataError, UsageError
+from luthier.hardware.device import Device, Precision
 from luthier.model.config import ModelConfig, parameters
 from luthier.plan.adapter import (
     adapter_parameters,
@@ -20,15 +21,10 @@ from luthier.plan.adapter import (
     choose_targets,
 )
 from luthier.plan.decision import YOURS, Decision
-from luthier.plan.machine import (
-    choose_checkpointing,
-    choose_micro_batch,
-    choose_optimizer,
-    choose_precision,
-    choose_quantize,
-    weight_gib,
-)
+from luthier.plan.fitting import Found, decide, held_by_others
+from luthier.plan.machine import choose_attention, choose_precision, hardware_source, not_in_this_version
 from luthier.plan.plan import Plan
+from luthier.plan.remedies import refusal
 from luthier.plan.rows import DataFacts, Epoch, Lengths, choose_max_length, choose_packing, rows_as_given
 from luthier.plan.schedule import (
     choose_batch_size,
@@ -38,7 +34,10 @@ from luthier.plan.schedule import (
     choose_steps,
     choose_warmup,
 )
+from luthier.plan.search import MARGIN, Candidate, Pinned, Task, recomputed_layers, search, used_devices
 from luthier.plan.settings import Settings
+from luthier.plan.support import check_optimizer, check_quantize
+from luthier.plan.timing import evaluation_seconds, plan_time
 from luthier.recipe.schema import Recipe
 
 __all__ = ["DataFacts", "Epoch", "Lengths", "choose"]
@@ -46,20 +45,18 @@ __all__ = ["DataFacts", "Epoch", "Lengths", "choose"]
 
 @dataclass(frozen=True)
 class _Course:
-    """What is decided of rows, batches and steps."""
+    """What is decided of rows, batches and steps before memory is looked at."""
 
     max_length: Decision[int]
     packing: Decision[bool]
     batch_size: Decision[int]
-    micro_batch: Decision[int]
     epochs: Decision[float]
     steps: Decision[int]
     warmup_steps: Decision[int]
-    eval_every: Decision[int]
-    save_every: Decision[int]
+    epoch: Epoch
 
 
-def _choose_course(recipe: Recipe, device: Device, config: ModelConfig, facts: DataFacts) -> _Course:
+def _choose_course(recipe: Recipe, config: ModelConfig, facts: DataFacts) -> _Course:
     packed = recipe.train.packing is True
     length = choose_max_length(recipe, config, facts.lengths, packed)
     epoch = facts.epoch(length.value, packed)
@@ -70,88 +67,179 @@ def _choose_course(recipe: Recipe, device: Device, config: ModelConfig, facts: D
     batch = choose_batch_size(recipe, epoch)
     epochs = choose_epochs(recipe, epoch, batch.value)
     steps = choose_steps(recipe, epoch, batch.value, epochs.value)
-    evaluate = choose_eval_every(recipe, steps.value, batch.value * epoch.rows_per_unit, facts.eval_rows)
     return _Course(
         max_length=length,
         packing=choose_packing(recipe, epoch, length.value),
         batch_size=batch,
-        micro_batch=choose_micro_batch(recipe, batch.value, length.value, device, "pack" if packed else "row"),
         epochs=epochs,
         steps=steps,
         warmup_steps=choose_warmup(recipe, steps.value),
-        eval_every=evaluate,
-        save_every=choose_save_every(recipe, steps.value, evaluate.value),
+        epoch=epoch,
     )
 
 
-def choose(recipe: Recipe, device: Device, config: ModelConfig, facts: DataFacts) -> Plan:
-    """Resolve every setting of `recipe`.
+@dataclass(frozen=True)
+class _Adapter:
+    targets: Decision[tuple[str, ...]]
+    rank: Decision[int]
+    alpha: Decision[float]
+    rate: Decision[float]
 
-    Raises:
-        FitError: the weights alone are more than the memory.
-        UsageError: a setting cannot be with this model or these rows (see rows.py and schedule.py).
-        DataError: there are no rows to train on.
-    """
-    if facts.train_rows < 1:
-        raise DataError("no row is left to train on", "more rows, or another `split`")
-    train = recipe.train
-    precision = choose_precision(recipe, device)
-    quantize = choose_quantize(recipe, config, device, precision.value)
+
+def _choose_adapter(recipe: Recipe, config: ModelConfig, facts: DataFacts) -> _Adapter:
     targets = choose_targets(recipe.adapter)
     rank = choose_rank(recipe.adapter, config, targets.value, facts.labelled_tokens)
-    alpha = choose_alpha(recipe.adapter, rank.value)
-    rate = choose_learning_rate(recipe, config)
-    course = _choose_course(recipe, device, config, facts)
-    trainable = adapter_parameters(config, targets.value, rank.value)
-    optimizer = choose_optimizer(recipe, trainable, device)
-    weights = weight_gib(config, precision.value, quantize.value)
-    recompute = choose_checkpointing(recipe, weights, device)
+    return _Adapter(targets, rank, choose_alpha(recipe.adapter, rank.value), choose_learning_rate(recipe, config))
+
+
+def _pinned(recipe: Recipe, device: Device, layers: int) -> Pinned:
+    """What the user set of what is searched, checked against the device."""
+    train = recipe.train
+    if recipe.quantize == "nf4":
+        check_quantize("nf4", device.kind)
+    if train.optimizer != "auto":
+        check_optimizer(train.optimizer, device.kind)
+    return Pinned(
+        quantize=None if recipe.quantize == "auto" else recipe.quantize,
+        optimizer=None if train.optimizer == "auto" else train.optimizer,
+        micro_batch=None if train.micro_batch == "auto" else train.micro_batch,
+        recomputed=recomputed_layers(train.checkpointing, layers),
+        attention=None if train.attention == "auto" else train.attention,
+    )
+
+
+def _task(
+    recipe: Recipe,
+    device: Device,
+    config: ModelConfig,
+    facts: DataFacts,
+    precision: Precision,
+    adapter: _Adapter,
+    course: _Course,
+) -> Task:
+    """What is to be searched for."""
+    return Task(
+        config=config,
+        precision=precision,
+        rank=adapter.rank.value,
+        targets=adapter.targets.value,
+        dropout=recipe.adapter.dropout,
+        max_length=course.max_length.value,
+        batch_size=course.batch_size.value,
+        lengths=facts.lengths,
+        eval_rows=facts.eval_rows,
+        step_tokens=course.batch_size.value * course.epoch.tokens / course.epoch.units,
+        packed=course.epoch.rows_per_unit if course.packing.value else None,
+        labelled=min(1.0, facts.labelled_tokens / max(1, course.epoch.tokens)),
+        exports=recipe.export,
+        pinned=_pinned(recipe, device, config.layers),
+    )
+
+
+def choose(
+    recipe: Recipe,
+    device: Device,
+    config: ModelConfig,
+    facts: DataFacts,
+    *,
+    margin: float = MARGIN,
+) -> Plan:
+    """Resolve every setting of `recipe` so that `margin` of the device's usable memory stays free.
+
+    Raises:
+        FitError: nothing fits; says what is needed, and which changes would help.
+        UsageError: a setting cannot be with this model or these rows (see rows.py and schedule.py), or this device.
+        DataError: there are no rows to train on.
+    """
+    if not 0 <= margin < 1:
+        raise UsageError(f"a margin of {margin:g} of memory is not possible", "--margin: 0 or more, below 1")
+    if facts.train_rows < 1:
+        raise DataError("no row is left to train on", "more rows, or another `split`")
+    precision = choose_precision(recipe, device)
+    adapter = _choose_adapter(recipe, config, facts)
+    course = _choose_course(recipe, config, facts)
+    task = _task(recipe, device, config, facts, precision.value, adapter, course)
+    best = search(task, device, margin)
+    if best is None:
+        raise refusal(recipe, task, device, margin)
+    steps, measured = course.steps.value, evaluation_seconds(task, best.speed)
+    evaluate = choose_eval_every(recipe, steps, facts.eval_rows, steps * best.speed.step_seconds, measured)
+    save = choose_save_every(recipe, steps, evaluate.value)
     decisions: tuple[Decision[object], ...] = (
         *_given(recipe, device, config),
-        *(precision, quantize, targets, rank, alpha, rate, course.max_length, course.packing, course.batch_size),
-        *(course.micro_batch, course.epochs, course.steps, course.warmup_steps, optimizer, recompute),
-        *(course.eval_every, course.save_every),
+        precision,
+        *decide(Found(recipe, task, device, margin, best)),
+        choose_attention(recipe, device, config, precision.value),
+        *(adapter.targets, adapter.rank, adapter.alpha, adapter.rate),
+        *(course.max_length, course.packing, course.batch_size, course.epochs, course.steps, course.warmup_steps),
+        *(evaluate, save),
         *rows_as_given(recipe, facts.lengths, course.max_length.value),
         *as_given(recipe),
+        *not_in_this_version(),
     )
-    settings = Settings(
-        rank=rank.value,
-        alpha=alpha.value,
+    trainable = adapter_parameters(config, adapter.targets.value, adapter.rank.value)
+    return Plan(
+        settings=_settings(recipe, adapter, course, best, evaluate.value, save.value, device),
+        decisions=decisions,
+        device=device,
+        trainable_parameters=trainable,
+        total_parameters=parameters(config) + trainable,
+        work=best.work,
+        memory=best.memory,
+        time=plan_time(task, best, steps, evaluate.value),
+        margin=margin,
+        devices=used_devices(device),
+    )
+
+
+def _settings(
+    recipe: Recipe,
+    adapter: _Adapter,
+    course: _Course,
+    best: Candidate,
+    eval_every: int,
+    save_every: int,
+    device: Device,
+) -> Settings:
+    train, choice = recipe.train, best.choice
+    return Settings(
+        rank=adapter.rank.value,
+        alpha=adapter.alpha.value,
         dropout=recipe.adapter.dropout,
-        targets=targets.value,
+        targets=adapter.targets.value,
         scale=recipe.adapter.scale,
-        quantize=quantize.value,
-        precision=precision.value,
+        quantize=choice.quantize,
+        precision=best.work.precision,
         steps=course.steps.value,
         batch_size=course.batch_size.value,
-        micro_batch=course.micro_batch.value,
-        learning_rate=rate.value,
+        micro_batch=choice.micro_batch,
+        learning_rate=adapter.rate.value,
         schedule=train.schedule,
         warmup_steps=course.warmup_steps.value,
-        optimizer=optimizer.value,
+        optimizer=choice.optimizer,
         weight_decay=train.weight_decay,
         clip=train.clip,
-        checkpointing=config.layers if recompute.value else 0,
-        attention="flash",
+        checkpointing=choice.recomputed,
+        attention=best.work.attention,
         max_length=course.max_length.value,
         packing=course.packing.value,
         longest_first=train.longest_first,
         train_on=recipe.train_on,
         prompt_loss_weight=recipe.prompt_loss_weight,
         long_rows=recipe.long_rows,
-        eval_every=course.eval_every.value,
-        save_every=course.save_every.value,
+        eval_every=eval_every,
+        save_every=save_every,
         seed=recipe.seed,
         device=device.kind,
     )
-    return Plan(settings, decisions, device, trainable, parameters(config) + trainable)
 
 
 def _given(recipe: Recipe, device: Device, config: ModelConfig) -> tuple[Decision[object], ...]:
     """What everything rests on: the model and the machine."""
     model = f"{parameters(config):,} parameters, of the {config.family} family."
-    machine = f"{device.memory_gib:.3g} GiB, {device.cores} cores, fast in {', '.join(device.fast)}."
+    many = "" if device.count == 1 else f"{device.count} devices of "
+    machine = f"{many}{device.memory_gib:.3g} GiB, {device.cores} cores, fast in {', '.join(device.fast)}."
     return (
         Decision("model", recipe.model, model, YOURS),
-        Decision("hardware", device.name, machine, "the probe of this machine"),
+        Decision("hardware", device.known_as or device.name, machine + held_by_others(device), hardware_source(device)),
     )

@@ -1,38 +1,193 @@
-"""Memory in closed form. (Skeleton: its formulas are being written; signatures stay.)"""
+"""Memory in closed form: what a run holds on each device, on its host and on disk. No torch, nothing measured here.
+
+    weights + adapter + gradients + optimizer state            fixed
+    + activations + the fuller of (loss, backward)             per micro-batch, see activations.py
+    + dequantised weights, workspaces, allocator slack         what libraries add
+    + context                                                  the process before it holds a single weight
+
+Bytes per parameter: 2 or 4 for weights; NF4 with double quantisation 4 + 8/64 + 32/(64 x 256) = 4.127 bits (QLoRA,
+section 3) for the projections of the layers, embedding, head and norms keep the compute dtype. The adapter, its
+gradients and AdamW's two moments are fp32 each; 8-bit moments are one byte and one fp32 scale per 256, two of them.
+
+FSDP2 cuts all of these over the devices and gathers one layer at a time (the next one ahead of it); DDP holds all on
+each device and one more copy of the gradients in its buckets.
+
+What libraries add is measured: docs/decisions/0009 says how, benchmarks/plan_cpu.py and plan_cuda.py hold the result
+against real runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from luthier.hardware.device import DeviceKind
 from luthier.model.config import parameters, projection_shapes
+from luthier.plan.activations import (
+    adapter_parameters_of,
+    backward_bytes,
+    element_bytes,
+    evaluation_bytes,
+    kept_bytes,
+    largest_projection,
+    loss_bytes,
+    recomputed_bytes,
+)
 from luthier.plan.footprint import Memory, Part, Phase
 from luthier.plan.work import Work
 
-__all__ = ["predict_memory"]
+__all__ = ["CONTEXT", "NF4_BITS", "NOT_TENSORS", "SLACK", "predict_memory", "weight_bytes"]
+
+MIB = 2**20
+_WIDE_BYTES = 4  # fp32
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+
+CONTEXT: dict[DeviceKind, int] = {"cpu": 350 * MIB, "cuda": 500 * MIB, "mps": 500 * MIB}
+"""cpu: interpreter, torch, the other libraries, and what they load at their first step. cuda: driver and kernels, which
+torch's own figures leave out. Measured on Linux with torch 2.13 (cpu); assumed elsewhere."""
+_CONTEXT_NF4: dict[DeviceKind, int] = {"cpu": 60 * MIB, "cuda": 0, "mps": 0}  # bitsandbytes and what it imports
+
+SLACK: dict[DeviceKind, float] = {"cpu": 0.12, "cuda": 0.05, "mps": 0.10}
+"""Share of what comes and goes in a step that the allocator holds on top."""
+
+_MATMUL_WORKSPACE: dict[DeviceKind, int] = {"cpu": 0, "cuda": 32 * MIB, "mps": 0}  # cuBLAS, on Hopper its largest
+_HOST_CONTEXT = 1536 * MIB  # python and torch with the CUDA libraries; assumed
+_SHARD = 5 * 10**9  # transformers' largest file of weights
+NOT_TENSORS = ("context", "allocator slack")
+"""Parts that torch.cuda.max_memory_allocated does not count."""
 
 
-def predict_memory(work: Work, kind: DeviceKind) -> Memory:
-    """What `work` holds on each device of this kind, on the host, and on disk."""
-    wide = 4 if work.precision == "fp32" else 2
-    linear = work.config.layers * sum(o * i for o, i in projection_shapes(work.config).values())
-    weights = (parameters(work.config) - linear) * wide
-    weights += int(linear * (4.127 / 8 if work.quantize == "nf4" else wide))
-    adapter = work.config.layers * work.rank * sum(sum(projection_shapes(work.config)[n]) for n in work.targets)
-    hidden, inner = work.config.hidden_size, work.config.intermediate_size
-    full = work.tokens * (9 * hidden + 4 * inner) * wide
-    kept = work.tokens * hidden * wide
-    layers = work.config.layers
-    saved = work.recomputed * kept + (layers - work.recomputed) * full + (full if work.recomputed else 0)
-    parts = (
-        Part("weights", weights),
-        Part("adapter", adapter * 4),
-        Part("gradients", adapter * 4),
-        Part("optimizer", adapter * (8 if work.optimizer == "adamw" else 2)),
-        Part("activations", saved),
-        Part("workspace", 4 * work.tokens * inner * wide),
-        Part("logits", 2**25 * 10),
-        Part("context", 2**29),
+def weight_bytes(work: Work) -> int:
+    """The frozen base, whole."""
+    every, linear = parameters(work.config), _linear(work)
+    if work.quantize == "none":
+        return every * element_bytes(work)
+    return int(linear * NF4_BITS / 8) + (every - linear) * element_bytes(work)
+
+
+def predict_memory(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) -> Memory:
+    """What `work` holds on each device of this kind, on the host, and on disk with `exports` (hf, gguf, ollama)."""
+    phases = [Phase("load", _load(work, kind)), Phase("train", _train(work, kind))]
+    if work.evaluation_tokens:
+        phases.append(Phase("evaluate", _evaluate(work, kind)))
+    return Memory(tuple(phases), _host(work, kind), _disk(work, exports))
+
+
+def _linear(work: Work) -> int:
+    return work.config.layers * sum(out * inp for out, inp in projection_shapes(work.config).values())
+
+
+def _cut(size: float, work: Work) -> int:
+    """This device's part of something that FSDP cuts."""
+    return int(size / work.devices) if work.sharding == "fsdp" else int(size)
+
+
+def _context(work: Work, kind: DeviceKind) -> Part:
+    size = CONTEXT[kind] + (_CONTEXT_NF4[kind] if work.quantize == "nf4" else 0)
+    return Part("context", size, "libraries and their kernels, before any weight is loaded")
+
+
+def _weights(work: Work) -> Part:
+    held = f"{parameters(work.config):,} parameters in {work.precision}"
+    if work.quantize == "nf4":
+        held += f", {_linear(work):,} of them in NF4 ({NF4_BITS:.3f} bits)"
+    return Part("weights", _cut(weight_bytes(work), work), held)
+
+
+def _state(work: Work) -> tuple[Part, ...]:
+    """Adapter, gradients, optimizer."""
+    count = adapter_parameters_of(work)
+    moments = 8.0 if work.optimizer == "adamw" else 2 * (1 + 4 / 256)
+    buckets = 4 * count if work.sharding == "ddp" else 0
+    return (
+        Part("adapter", _cut(4 * count, work), f"{count:,} parameters in fp32"),
+        Part("gradients", _cut(4 * count, work) + buckets, "fp32" + (", and DDP's buckets" if buckets else "")),
+        Part("optimizer", _cut(moments * count, work), f"{work.optimizer}, {moments:.3g} bytes a parameter"),
     )
-    train = Phase("train", parts)
-    load = Phase("load", (parts[0], Part("context", 2**29)))
-    evaluate = Phase("evaluate", (parts[0], Part("workspace", 4 * work.evaluation_tokens * inner * wide)))
-    return Memory((load, train, evaluate), Phase("host", ()), Phase("disk", ()))
+
+
+def _gathered(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
+    """What a matrix product needs beside its operands: NF4 turned back into the compute dtype, a gathered layer."""
+    parts = []
+    if work.sharding == "fsdp":
+        layer = _linear(work) / work.config.layers * (NF4_BITS / 8 if work.quantize == "nf4" else element_bytes(work))
+        ends = 2 * work.config.vocab_size * work.config.hidden_size * element_bytes(work)
+        parts.append(Part("gathered weights", int(2 * layer) + ends, "two layers, embedding and head, whole"))
+    if work.quantize == "nf4":
+        size = largest_projection(work) * element_bytes(work)
+        parts.append(Part("dequantised weights", size, "one projection at a time"))
+    if _MATMUL_WORKSPACE[kind]:
+        parts.append(Part("matmul workspace", _MATMUL_WORKSPACE[kind], "cuBLAS"))
+    return tuple(parts)
+
+
+def _with_slack(fixed: Sequence[Part], moving: Sequence[Part], kind: DeviceKind) -> tuple[Part, ...]:
+    slack = int(SLACK[kind] * sum(part.bytes for part in moving))
+    held = Part("allocator slack", slack, f"{SLACK[kind]:.0%} of what comes and goes")
+    return (*fixed, *(part for part in moving if part.bytes), held)
+
+
+def _train(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
+    layers, again = work.config.layers, work.recomputed
+    kept = kept_bytes(work)
+    activations = (layers - again) * kept + again * recomputed_bytes(work) + _positions(work)
+    what = f"{layers - again} layers kept whole, {again} recomputed, {work.tokens:,} tokens"
+    # While a recomputed layer is done again, the layers after it are gone already, and so is the loss.
+    loss, backward = loss_bytes(work, tokens=_labelled(work), trains=True), backward_bytes(work)
+    last_recomputed = kept if again == layers else 0
+    moving = [Part("activations", activations, what)]
+    if loss >= backward + last_recomputed:
+        moving.append(Part("loss", loss, "a chunk of logits, and its gradient"))
+    else:
+        moving.append(Part("backward", backward + last_recomputed, "gradients of the layer at hand"))
+    moving.extend(_gathered(work, kind))
+    return _with_slack((_weights(work), *_state(work), _context(work, kind)), moving, kind)
+
+
+def _labelled(work: Work) -> int:
+    return max(1, min(work.tokens, round(work.tokens * work.labelled)))
+
+
+def _positions(work: Work) -> int:
+    """Token ids, labels and weights (8 bytes each), and the rotary tables of the longest document and of all tokens."""
+    return work.tokens * 24 + 2 * (work.longest + work.tokens) * work.config.head_dim * element_bytes(work)
+
+
+def _evaluate(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
+    tokens = work.evaluation_tokens
+    forward = evaluation_bytes(work, tokens) + loss_bytes(work, tokens=tokens, trains=False)
+    moving = [Part("forward", forward, f"{tokens:,} held-out tokens, nothing kept"), *_gathered(work, kind)]
+    return _with_slack((_weights(work), *_state(work), _context(work, kind)), moving, kind)
+
+
+def _load(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
+    """All weights and one tensor more: on a CPU as the file has it, and before it is quantised in the compute dtype."""
+    stored = _WIDE_BYTES if work.config.dtype == "float32" else 2
+    embedding = work.config.vocab_size * work.config.hidden_size
+    as_stored = max(embedding, largest_projection(work)) * stored if kind == "cpu" else 0
+    unquantised = largest_projection(work) * element_bytes(work) if work.quantize == "nf4" else 0
+    tensor = Part("one tensor", max(as_stored, unquantised), "as it is stored, or before it is quantised")
+    return (_weights(work), *((tensor,) if tensor.bytes else ()), _context(work, kind))
+
+
+def _host(work: Work, kind: DeviceKind) -> Phase:
+    """Of a GPU's host: the process, one file of weights while it is merged, batches. Of a CPU: the merge."""
+    merged = min(_SHARD, 2 * parameters(work.config))
+    wide = 3 * _WIDE_BYTES * largest_projection(work)  # the embedding is copied as it is
+    context = _HOST_CONTEXT if kind == "cuda" else CONTEXT[kind]
+    parts = [Part("process", context), Part("merge", merged + wide, "one file of weights, one tensor in fp32")]
+    if work.optimizer == "paged-adamw-8bit":
+        parts.append(Part("paged optimizer", int(adapter_parameters_of(work) * 2 * (1 + 4 / 256))))
+    return Phase("host", tuple(parts))
+
+
+def _disk(work: Work, exports: Sequence[str]) -> Phase:
+    """Checkpoints `last` and `best`, a third while one replaces another, the adapter, and the exports."""
+    count = adapter_parameters_of(work)
+    moments = 8.0 if work.optimizer == "adamw" else 2 * (1 + 4 / 256)
+    parts = [Part("checkpoints", int(3 * count * (4 + moments)), "last, best, and the one being written")]
+    parts.append(Part("adapter", 4 * count))
+    merged = 2 * parameters(work.config)
+    if exports:  # every export begins with the merged model
+        parts.append(Part("merged model", merged, "16-bit"))
+    parts.extend(Part(name, merged, "16-bit") for name in exports if name in ("gguf", "ollama"))
+    return Phase("disk", tuple(parts))

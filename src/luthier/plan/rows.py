@@ -64,6 +64,23 @@ class Lengths:
         """How many rows have more tokens."""
         return sum(count for length, count in self.counts if length > tokens)
 
+    def total(self, most: int) -> int:
+        """Tokens of all rows, each cut at `most`."""
+        return sum(count * min(length, most) for length, count in self.counts)
+
+    def heaviest(self, rows: int, most: int) -> int:
+        """Tokens of the `rows` longest rows, each cut at `most`; where there are fewer, as often as that takes."""
+        if self.rows == 0:
+            return 0
+        laps, left = divmod(rows, self.rows)
+        tokens = laps * self.total(most) if laps else 0
+        for length, count in reversed(self.counts):
+            if left == 0:
+                break
+            taken = min(left, count)
+            tokens, left = tokens + taken * min(length, most), left - taken
+        return tokens
+
 
 @dataclass(frozen=True)
 class Epoch:

@@ -15,6 +15,7 @@ from luthier.errors import UsageError
 from luthier.plan import sources
 from luthier.plan.decision import YOURS, Decision
 from luthier.plan.rows import Epoch
+from luthier.plan.timing import evaluation_count
 from luthier.recipe.schema import Recipe
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
 _ENOUGH_STEPS = 100
 _MOST_EPOCHS = 10
 _EVALUATIONS = 10
+_EVALUATION_SHARE = 0.1
 
 
 def choose_batch_size(recipe: Recipe, epoch: Epoch) -> Decision[int]:
@@ -110,8 +112,11 @@ def choose_warmup(recipe: Recipe, steps: int) -> Decision[int]:
     return Decision("train.warmup_steps", warmup, f"3 % of {steps:,} steps, at least one.", sources.QLORA)
 
 
-def choose_eval_every(recipe: Recipe, steps: int, rows_per_step: float, eval_rows: int) -> Decision[int]:
-    """About ten times in a run, fewer where the held-out rows would take more than a tenth of the time.
+def choose_eval_every(recipe: Recipe, steps: int, eval_rows: int, training: float, evaluation: float) -> Decision[int]:
+    """Ten times after the start, fewer where that would take more than a tenth of the run's time.
+
+    training: seconds of all steps. evaluation: seconds of measuring all held-out rows once. Step 0 and the last are
+    always measured, so two evaluations are the fewest there can be.
 
     Raises:
         UsageError: the user asks for evaluations, and nothing is held out.
@@ -124,15 +129,31 @@ def choose_eval_every(recipe: Recipe, steps: int, rows_per_step: float, eval_row
         return Decision(
             "train.eval_every", 0, "No row is held out, so there is nothing to measure.", "the data, counted"
         )
+    # times * evaluation <= share * (training + times * evaluation)
+    affordable = int(_EVALUATION_SHARE * training / ((1 - _EVALUATION_SHARE) * evaluation)) if evaluation else steps + 1
+    wanted = max(2, min(_EVALUATIONS + 1, affordable, steps + 1))
+    every = math.ceil(steps / (wanted - 1)) if asked == "auto" else asked
+    times = evaluation_count(steps, every)
+    share = times * evaluation / (training + times * evaluation) if evaluation else 0.0
+    what = f"{times} times in {steps:,} steps, the start and the end among them; {eval_rows:,} held-out rows each"
+    costs = f"{what}: {_percent(share)} of the time."
     if asked != "auto":
-        return Decision("train.eval_every", asked, "As you set it." + (" Never." if asked == 0 else ""), YOURS)
-    # A row costs a third when only measured: forward, without backward's two thirds.
-    affordable = int(0.1 * steps * rows_per_step * 3 / eval_rows)
-    times = max(2, min(_EVALUATIONS, affordable))
-    every = max(1, math.ceil(steps / times))
-    reason = f"{math.ceil(steps / every)} times in {steps:,} steps; {eval_rows:,} held-out rows each"
-    reason += ", about a tenth of the time." if times < _EVALUATIONS else "."
-    return Decision("train.eval_every", every, reason, "this project's rule: ten times, within a tenth of the time")
+        never = "" if asked else " Not while training."
+        return Decision("train.eval_every", asked, f"As you set it.{never} {costs}", YOURS)
+    rule = "this project's rule: ten times, within a tenth of the predicted time"
+    if share > _EVALUATION_SHARE:
+        fewer = max(1, int(eval_rows * (1 - share) / share * _EVALUATION_SHARE / (1 - _EVALUATION_SHARE)))
+        costs += f" That is the fewest there can be; holding out {_rows(fewer)} (split) would take a tenth."
+    rejected = (f"{_EVALUATIONS + 1} times: more than a tenth of the time",) if affordable < _EVALUATIONS + 1 else ()
+    return Decision("train.eval_every", every, costs, rule, rejected)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + ("" if count == 1 else "s")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "under 1 %"
 
 
 def choose_save_every(recipe: Recipe, steps: int, eval_every: int) -> Decision[int]:

@@ -22,9 +22,9 @@ LongRows: TypeAlias = Literal["truncate", "error", "drop", "split"]
 class Settings:
     """The settings of one run. `batch_size` and `micro_batch` count rows, with `packing` packs of `max_length` tokens.
 
-    `checkpointing` is how many layers, from the first on, are recomputed in the backward pass; `attention` which backend
-    of torch's scaled_dot_product_attention; `targets` are projection names; `eval_every` 0: not while training; `clip` 0:
-    off.
+    `checkpointing` is how many layers, from the first on, are recomputed in the backward pass; `attention` which
+    backend of torch's scaled_dot_product_attention; `targets` are projection names; `eval_every` 0: not while training;
+    `clip` 0: off.
     """
 
     rank: int

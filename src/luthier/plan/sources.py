@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 __all__ = [
+    "ATTENTION",
     "CAPACITY",
     "CHECKPOINTING",
     "EIGHT_BIT",
     "EPOCHS",
     "LEARNING_RATE",
     "LEARNS_LESS",
+    "LOFTQ",
     "MICRO_BATCH",
+    "MODELS",
     "PROMPT_LOSS",
     "PROMPT_WEIGHT",
     "QLORA",
@@ -30,6 +33,7 @@ PROMPT_LOSS = "Instruction Tuning With Loss Over Instructions (Shi et al. 2024, 
 PROMPT_WEIGHT = "low to moderate weights did best (Chatterjee et al. 2025, arXiv 2507.07817)"
 CHECKPOINTING = "torchtune's ablation (README): recomputing activations costs 21 % of the speed"
 EIGHT_BIT = "8-bit optimizers (Dettmers et al. 2021, arXiv 2110.02861)"
-MICRO_BATCH = (
-    "this project's rule; the result does not depend on it (the loss is divided once, by the whole step's tokens)"
-)
+MODELS = "computed: the memory and speed models (docs/plan.md)"
+LOFTQ = "LoftQ (Li et al. 2023, arXiv 2310.08659)"
+ATTENTION = "PyTorch's scaled_dot_product_attention: which backend serves which device"
+MICRO_BATCH = MODELS + "; the result does not depend on it (the loss is divided once, by the whole step's tokens)"

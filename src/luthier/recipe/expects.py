@@ -44,6 +44,11 @@ _ALSO_CALLED = {
     "max_seq_length": "train.max_length",
     "cutoff_len": "train.max_length",
     "gradient_checkpointing": "train.checkpointing",
+    "activation_checkpointing": "train.checkpointing",
+    "attn_implementation": "train.attention",
+    "flash_attention": "train.attention",
+    "device": "hardware",
+    "gpu": "hardware",
     "max_grad_norm": "train.clip",
     "warmup": "train.warmup_steps",
 }

@@ -132,8 +132,15 @@ class TrainRecipe(_Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="The number format of weights and activations; the adapter itself is always kept in fp32."
     )
-    checkpointing: Annotated[bool, Strict()] | Auto = Field(
-        "auto", description="Compute activations a second time instead of keeping them: less memory, slower."
+    checkpointing: Annotated[bool, Strict()] | Annotated[Whole, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Compute activations a second time instead of keeping them: less memory, slower. true: of all "
+        "layers; a number: of so many, from the first on.",
+    )
+    attention: Literal["auto", "flash", "efficient", "math"] = Field(
+        "auto",
+        description="The kernel of torch's attention: flash and efficient never hold the scores of all pairs of tokens "
+        "at once; math does, and runs everywhere.",
     )
     max_length: Annotated[Whole, Field(ge=8)] | Auto = Field(
         "auto",
@@ -232,7 +239,11 @@ class Recipe(_Section):
     train: TrainRecipe = Field(default_factory=TrainRecipe, description="How it is trained.")
     split: SplitRecipe = Field(default_factory=SplitRecipe, description="What is held out.")
     seed: Whole = Field(0, ge=0, lt=2**32, description="Same seed, same run.")
-    hardware: Literal["this"] = Field("this", description="The machine to plan for and run on.")
+    hardware: Text = Field(
+        "this",
+        description="The machine to plan for: this one, or one of the catalogue, such as t4 or 4xa100-40g. Training is "
+        "always for this one.",
+    )
     evaluate: EvaluateRecipe = Field(default_factory=EvaluateRecipe, description="What is measured afterwards.")
     export: tuple[Literal["hf", "gguf", "ollama"], ...] = Field(
         ("hf", "gguf"),

@@ -37,9 +37,11 @@ __all__ = [
     "Progress",
     "TrainingRows",
     "check_identity",
+    "generator_states",
     "identify",
     "load_checkpoint",
     "read_progress",
+    "restore_generators",
     "save_checkpoint",
 ]
 
@@ -108,7 +110,7 @@ def save_checkpoint(folder: Path, trainee: Trainee, progress: Progress, identity
     with atomic_folder(folder) as beside:
         save_adapter(trainee.decoder, beside / "adapter", base=identity.base)
         save_file(state_tensors(trainee.optimizer, trainee.parameters), beside / "optimizer.safetensors")
-        save_file(_generator_states(trainee), beside / "rng.safetensors")
+        save_file(generator_states(trainee.decoder.device), beside / "rng.safetensors")
         scale = None if trainee.scaler is None else trainee.scaler.state_dict()
         write_json(beside / "state.json", _State(SCHEMA_VERSION, progress, identity, scale))
 
@@ -130,7 +132,7 @@ def load_checkpoint(folder: Path, trainee: Trainee, identity: Identity) -> Progr
     load_state(trainee.optimizer, trainee.parameters, moments)
     if trainee.scaler is not None and state.loss_scale is not None:
         trainee.scaler.load_state_dict(dict(state.loss_scale))
-    _restore_generators(trainee, generators)
+    restore_generators(trainee.decoder.device, generators)
     return state.progress
 
 
@@ -179,9 +181,9 @@ def _differences(then: Identity, now: Identity) -> list[str]:
     return found
 
 
-def _generator_states(trainee: Trainee) -> dict[str, torch.Tensor]:
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's random generators: the CPU's, and that of the device."""
     states = {"cpu": torch.get_rng_state()}
-    device = trainee.decoder.head_weight.device
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     if device.type == "mps":
@@ -189,9 +191,9 @@ def _generator_states(trainee: Trainee) -> dict[str, torch.Tensor]:
     return states
 
 
-def _restore_generators(trainee: Trainee, states: Mapping[str, torch.Tensor]) -> None:
+def restore_generators(device: torch.device, states: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `generator_states` gave."""
     torch.set_rng_state(states["cpu"])
-    device = trainee.decoder.head_weight.device
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
     if device.type == "mps":

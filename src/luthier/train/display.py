@@ -24,6 +24,8 @@ from luthier.train.events import (
     EvalEvent,
     InterruptEvent,
     Listener,
+    ProgressEvent,
+    ProofEvent,
     SaveEvent,
     StartEvent,
     StepEvent,
@@ -76,6 +78,13 @@ class Smoothed:
         return self._sum / self._weight
 
 
+def _against(predicted: float | None, error: float | None, form: str) -> str:
+    """What was predicted, behind what was measured."""
+    if predicted is None or error is None:
+        return ""
+    return f" (predicted {predicted:{form}}, {error:+.0%})"
+
+
 class _Progress:
     """What both displays know: the newest events, the smoothed loss and the time left."""
 
@@ -86,6 +95,7 @@ class _Progress:
         self.first_eval: EvalEvent | None = None
         self.last_eval: EvalEvent | None = None
         self.best_eval: EvalEvent | None = None
+        self.doing: ProgressEvent | None = None
         self.losses: deque[float] = deque(maxlen=SPARK_WIDTH)
         self.smoothed = 0.0
         self._mean = Smoothed()
@@ -95,11 +105,12 @@ class _Progress:
         self.start, self._began = event, self.clock()
 
     def takes(self, event: StepEvent) -> None:
-        self.step = event
+        self.step, self.doing = event, None
         self.losses.append(event.loss)
         self.smoothed = self._mean.add(event.loss)
 
     def evaluates(self, event: EvalEvent) -> None:
+        self.doing = None
         self.first_eval = self.first_eval or event
         self.last_eval = event
         self.best_eval = event if event.best else self.best_eval
@@ -117,6 +128,18 @@ class _Progress:
         if self.start is None or self.step is None or self.at <= self.start.step:
             return None
         return (self.clock() - self._began) / (self.at - self.start.step) * (self.steps - self.at)
+
+    def doing_what(self, event: ProgressEvent) -> str:
+        if event.doing == "proof":
+            return f"trying the largest micro-batch first ({event.tokens:,} tokens)"
+        return f"measuring the held-out loss, {event.done:,} of {event.total:,} rows"
+
+    def proof(self, event: ProofEvent) -> str:
+        self.doing = None
+        memory = f"{event.measured_gib:.2f} GiB" + _against(event.predicted_gib, event.error, ".2f")
+        seconds = f"{event.measured_seconds:.3g} s" + _against(event.predicted_seconds, event.error_seconds, ".3g")
+        rows = f"{event.documents} row" + ("" if event.documents == 1 else "s")
+        return f"the largest micro-batch, {event.tokens:,} tokens in {rows}, takes {memory} and {seconds}"
 
     def ending(self, event: EndEvent) -> str:
         held_out = ""
@@ -144,6 +167,16 @@ class PlainDisplay:
             f"training {event.trainable_parameters:,} parameters on {event.train_rows:,} rows, "
             f"steps {event.step} to {event.steps}"
         )
+
+    def on_proof(self, event: ProofEvent) -> None:
+        self._say(self._progress.proof(event))
+
+    def on_progress(self, event: ProgressEvent) -> None:
+        """The proof's beginning; of an evaluation a line now and then."""
+        now = self._progress.clock()
+        if event.done == 0 if event.doing == "proof" else event.done < event.total and now - self._said > PLAIN_SECONDS:
+            self._said = now
+            self._say(self._progress.doing_what(event))
 
     def on_step(self, event: StepEvent) -> None:
         progress, now = self._progress, self._progress.clock()
@@ -201,6 +234,8 @@ class RichDisplay:
             "" if left is None else f"{duration(left)} left",
         )
         lines: list[RenderableType] = [bar]
+        if (doing := progress.doing) is not None:
+            lines.append(Text(progress.doing_what(doing), style="dim"))
         if step is not None:
             loss = Text.assemble(("loss ", "dim"), (f"{step.loss:.4f}", "bold"), ("  smoothed ", "dim"))
             loss.append(f"{progress.smoothed:.4f}")
@@ -229,6 +264,12 @@ class RichDisplay:
     def on_start(self, event: StartEvent) -> None:
         self._progress.starts(event)
         self._live.start()
+
+    def on_proof(self, event: ProofEvent) -> None:
+        self._console.print(Text(self._progress.proof(event), style="dim"))
+
+    def on_progress(self, event: ProgressEvent) -> None:
+        self._progress.doing = event
 
     def on_step(self, event: StepEvent) -> None:
         self._progress.takes(event)

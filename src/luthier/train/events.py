@@ -19,6 +19,7 @@ from typing import BinaryIO, Literal, Protocol, cast
 import orjson
 
 from luthier.errors import TrainingError
+from luthier.plan.proof import Proof
 from luthier.runs import write_text
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "EventLog",
     "InterruptEvent",
     "Listener",
+    "ProgressEvent",
+    "ProofEvent",
     "SaveEvent",
     "StartEvent",
     "StepEvent",
@@ -48,6 +51,66 @@ class StartEvent:
     train_rows: int
     eval_rows: int
     trainable_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofEvent:
+    """The largest micro-batch was taken forward and backward before the first step (proof.py, plan/proof.py).
+
+    `tokens` of it, in `documents`, the longest of `longest`. `measured_gib`: CUDA's peak of allocated memory, the
+    process's peak resident set on a CPU. `measured_seconds` of one pass. `error` and `error_seconds` are measured /
+    predicted - 1; None, with `predicted_*`, where nobody predicted.
+    """
+
+    event: Literal["proof"] = "proof"
+    step: int
+    time: float = field(default_factory=time.time)
+    tokens: int
+    longest: int
+    documents: int
+    micro_batch: int
+    checkpointing: int
+    measured_gib: float
+    reserved_gib: float
+    predicted_gib: float | None
+    error: float | None
+    measured_seconds: float
+    predicted_seconds: float | None
+    error_seconds: float | None
+
+    @classmethod
+    def of(cls, proof: Proof, step: int) -> ProofEvent:
+        """The event that tells of `proof`, taken at this step."""
+        memory, seconds = proof.predicted_gib, proof.predicted_seconds
+        return cls(
+            step=step,
+            tokens=proof.load.tokens,
+            longest=proof.load.longest,
+            documents=proof.load.documents,
+            micro_batch=proof.micro_batch,
+            checkpointing=proof.checkpointing,
+            measured_gib=proof.measured_gib,
+            reserved_gib=proof.reserved_gib,
+            predicted_gib=memory,
+            error=proof.measured_gib / memory - 1 if memory else None,
+            measured_seconds=proof.measured_seconds,
+            predicted_seconds=seconds,
+            error_seconds=proof.measured_seconds / seconds - 1 if seconds else None,
+        )
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """How far something is that takes long between two events: told to listeners, not written down.
+
+    `done` of `total` passes of the proof, whose micro-batch has `tokens`, or of the held-out rows.
+    """
+
+    doing: Literal["proof", "evaluation"]
+    step: int
+    done: int
+    total: int
+    tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +197,15 @@ class EndEvent:
     adapter_step: int
 
 
-Event = StartEvent | StepEvent | EvalEvent | SaveEvent | WarningEvent | InterruptEvent | EndEvent
+Event = StartEvent | ProofEvent | StepEvent | EvalEvent | SaveEvent | WarningEvent | InterruptEvent | EndEvent
 
 
 class Listener(Protocol):
     """Is told each event as it happens, in order. `close` comes last, also when the run fails or is interrupted."""
 
     def on_start(self, event: StartEvent) -> None: ...
+    def on_proof(self, event: ProofEvent) -> None: ...
+    def on_progress(self, event: ProgressEvent) -> None: ...
     def on_step(self, event: StepEvent) -> None: ...
     def on_eval(self, event: EvalEvent) -> None: ...
     def on_save(self, event: SaveEvent) -> None: ...
@@ -155,6 +220,8 @@ def tell(listener: Listener, event: Event) -> None:
     match event:
         case StartEvent():
             listener.on_start(event)
+        case ProofEvent():
+            listener.on_proof(event)
         case StepEvent():
             listener.on_step(event)
         case EvalEvent():

@@ -1,34 +1,36 @@
-"""The training loop, to be read from top to bottom: evaluate, save, step, until all steps are done.
+"""The training loop, to be read from top to bottom: prove the plan, then evaluate, save, step, until all is done.
 
-    rows (data) + settings (plan)  ->  [ evaluate? save? step ]*  ->  run/adapter, run/events.jsonl, run/checkpoints
+    rows (data) + settings (plan)  ->  prove, [ evaluate? save? step ]*  ->  run/adapter, events.jsonl, checkpoints
 
 Between two steps the state is whole: there the loop looks whether a signal came, saves, and can be gone on from, bit
 for bit the same run on a CPU (`--resume`). What each of these does is in session.py; the step itself in step.py.
 
+Before the first step the largest micro-batch is tried (proof.py); what is out of memory is cut smaller there.
 `train` has eight arguments, one more than the rule: it is the stage's one door, and a bundle would hide what it takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from luthier.data.batches import Batches
 from luthier.errors import Interrupted, UsageError
+from luthier.kernels import only_math
 from luthier.model.decoder import Decoder
+from luthier.plan.proof import Measured
 from luthier.plan.settings import Settings
 from luthier.runs import RunDirectory, recover_folder
 from luthier.train.checkpoint import Progress, TrainingRows, check_identity, identify, load_checkpoint
 from luthier.train.events import EndEvent, EventLog, Listener, forget_after
-from luthier.train.session import Session, make_trainee
+from luthier.train.measured import measured
+from luthier.train.session import Hooks, Session, make_batches, make_trainee
 from luthier.train.signals import StopSignals
 
-__all__ = ["TrainResult", "check_directory", "check_resumable", "train"]
+__all__ = ["Hooks", "TrainResult", "check_directory", "check_resumable", "train"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TrainResult:
 
     `first_eval` is the base model's, before the first step; `best_eval` the lowest of the steps after. `adapter` is
     the folder of the run's adapter: that of `best_step` (`adapter_from` best), or where nothing was held out that of
-    the last step. `tokens` and `seconds` are over all sittings of the run.
+    the last step. `tokens` and `seconds` are over all sittings of the run; `measured` is to hold the plan against.
     """
 
     steps: int
@@ -50,6 +52,7 @@ class TrainResult:
     adapter: Path
     adapter_from: Literal["best", "last"]
     adapter_step: int
+    measured: Measured
 
 
 def train(
@@ -61,13 +64,12 @@ def train(
     base: str,
     listener: Listener,
     resume: bool = False,
-    companions: Callable[[Path], None] | None = None,
+    hooks: Hooks | None = None,
 ) -> TrainResult:
     """Train a LoRA on `decoder`, which has none yet, and write it to `run.adapter`; the decoder then holds it.
 
     `base` is the model's name as the adapter's file is to state it. With `resume` the run in the directory goes on
-    from its last checkpoint, or from the start where it had not come to one. `companions` is given the adapter's folder
-    before that is put in place, to write what belongs beside the adapter (a tokenizer): all of it appears at once.
+    from its last checkpoint, or from the start where it had not come to one. `hooks`: what the caller does on the way.
 
     Raises UsageError (a run is there already, or the one there is another), TrainingError (a loss or gradient that is
     not finite; a damaged checkpoint), FitError (out of memory), Interrupted (a signal; a checkpoint is saved).
@@ -79,29 +81,27 @@ def train(
     trainee, identity = make_trainee(decoder, settings), identify(settings, dataset, base)
     progress = load_checkpoint(last, trainee, identity) if begun else Progress()
     forget_after(run.events, progress.step, progress.evaluated)
-    with closing(listener), EventLog.opened(run.events) as log, StopSignals() as signals:
-        session = Session(trainee, dataset, settings, run, identity, progress, log, listener)
-        end = _go(session, signals, companions)
+    with ExitStack() as stack:
+        stack.enter_context(only_math(settings.attention))
+        stack.enter_context(closing(listener))
+        log, signals = stack.enter_context(EventLog.opened(run.events)), stack.enter_context(StopSignals())
+        session = Session(trainee, dataset, settings, run, identity, progress, log, listener, signals, hooks or Hooks())
+        end = _go(session)
     if signals.received is not None:  # it came while the last files were written
         raise Interrupted(
             f"{signals.received.name}: stopped when training had just ended; the adapter is in {run.adapter}",
             "run the same command again with --resume to go on from there",
         )
-    return _result(end, run, session.progress)
+    return _result(end, session)
 
 
-def _go(session: Session, signals: StopSignals, companions: Callable[[Path], None] | None) -> EndEvent:
-    """The loop. A signal is looked for wherever the state is whole, so that it waits for a step or an evaluation."""
-    settings = session.settings
-    batches = Batches(
-        session.dataset.train,
-        settings.batch_size,
-        settings.micro_batch,
-        settings.seed,
-        capacity=settings.max_length if settings.packing else None,
-        longest_first=settings.longest_first,
-    )
+def _go(session: Session) -> EndEvent:
+    """The loop. A signal is looked for wherever the state is whole: it waits for a step, or for a few held-out rows."""
+    signals = session.signals
     session.start()
+    if session.progress.step == 0:
+        session.prove()
+    settings, batches = session.settings, make_batches(session.dataset, session.settings)
     while True:
         if session.evaluation_is_due() and signals.received is None:
             session.evaluate()
@@ -110,7 +110,7 @@ def _go(session: Session, signals: StopSignals, companions: Callable[[Path], Non
         if session.save_is_due():
             session.save("last")
         if session.progress.step == settings.steps:
-            return session.finish(companions)
+            return session.finish()
         session.step(batches)
 
 
@@ -140,16 +140,17 @@ def check_resumable(run: RunDirectory, dataset: TrainingRows, settings: Settings
         check_identity(last, identify(settings, dataset, base))
 
 
-def _result(end: EndEvent, run: RunDirectory, progress: Progress) -> TrainResult:
+def _result(end: EndEvent, session: Session) -> TrainResult:
     return TrainResult(
         steps=end.step,
         first_eval=end.first_eval,
         best_eval=end.best_eval,
-        best_step=progress.best_step,
+        best_step=session.progress.best_step,
         last_eval=end.last_eval,
         tokens=end.tokens,
         seconds=end.seconds,
-        adapter=run.adapter,
+        adapter=session.run.adapter,
         adapter_from=end.adapter_from,
         adapter_step=end.adapter_step,
+        measured=measured(session.run.events, session.peaks),
     )

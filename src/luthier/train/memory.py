@@ -1,13 +1,19 @@
-"""Memory in use, as the events report it. GiB is 2^30 bytes."""
+"""Memory in use, and at its peak, as the events report it. GiB is 2^30 bytes."""
 
 from __future__ import annotations
 
+import re
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
-__all__ = ["Memory", "memory_now", "out_of_memory", "reset_peaks"]
+__all__ = ["Memory", "memory_now", "memory_peak", "out_of_memory", "reset_peaks", "synchronize"]
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,37 @@ class Memory:
 
 
 def reset_peaks(device: torch.device) -> None:
-    """Begin a new interval for CUDA's peak figures; nothing elsewhere."""
+    """Begin a new interval for the peak figures, where the system has them: CUDA, and a CPU under Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "cpu" and _CLEAR.exists():
+        with suppress(OSError):  # where it may not be written, the interval is the process's life: said in memory_peak
+            _CLEAR.write_text("5", encoding="ascii")
+
+
+def memory_peak(device: torch.device) -> Memory:
+    """CUDA: the peaks since `reset_peaks`. MPS: what is held now. CPU: the peak of the resident set, under Linux since
+    `reset_peaks`, elsewhere since the process began."""
+    if device.type != "cpu":
+        return memory_now(device)
+    if _STATUS.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
+        if found is not None:
+            peak = int(found[1]) / 2**20
+            return Memory(peak, peak, peak)
+    import resource  # here: Windows has none
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kilobytes elsewhere
+    peak = most / (2**30 if sys.platform == "darwin" else 2**20)
+    return Memory(peak, peak, peak)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device was given to do, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
 
 
 def memory_now(device: torch.device) -> Memory:

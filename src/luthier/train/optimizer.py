@@ -25,7 +25,7 @@ from luthier.plan.support import check_optimizer
 if TYPE_CHECKING:
     from bitsandbytes.optim.optimizer import Optimizer8bit
 
-__all__ = ["load_state", "make_optimizer", "state_tensors"]
+__all__ = ["allocate_state", "load_state", "make_optimizer", "state_tensors"]
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -53,6 +53,20 @@ def _eight_bit(
     kind = PagedAdamW8bit if paged else AdamW8bit
     made: torch.optim.Optimizer = kind(leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
     return made
+
+
+def allocate_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Make the state that the first update would make, where there is none yet; the updates after are the same."""
+    (group,) = optimizer.param_groups
+    for index, parameter in enumerate(parameters.values()):
+        if optimizer.state.get(parameter):
+            continue
+        if isinstance(optimizer, torch.optim.AdamW):
+            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # fused: beside the parameter
+            optimizer.state[parameter] = {"step": step, **moments}
+        else:
+            optimizer.init_state(group, parameter, 0, index)  # type: ignore[attr-defined]
 
 
 def state_tensors(

@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Literal, NoReturn
 from luthier.data.batches import Batches
 from luthier.errors import FitError, Interrupted, TrainingError
 from luthier.evaluate.loss import held_out_loss
+from luthier.kernels import kernels_with
 from luthier.model.adapter import load_adapter
 from luthier.model.decoder import Decoder
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
+from luthier.plan.proof import Adopted, Load
 from luthier.plan.settings import Settings
-from luthier.plan.support import QUANTIZE_DEVICES
 from luthier.runs import RunDirectory, atomic_folder, recover_folder
-from luthier.train.checkpoint import Identity, Progress, TrainingRows, read_progress, save_checkpoint
+from luthier.train.checkpoint import Identity, Progress, TrainingRows, identify, read_progress, save_checkpoint
 from luthier.train.events import (
     EndEvent,
     EvalEvent,
@@ -29,31 +30,69 @@ from luthier.train.events import (
     EventLog,
     InterruptEvent,
     Listener,
+    ProgressEvent,
+    ProofEvent,
     SaveEvent,
     StartEvent,
     StepEvent,
     WarningEvent,
     tell,
 )
-from luthier.train.memory import memory_now, out_of_memory, reset_peaks
+from luthier.train.memory import memory_now, memory_peak, out_of_memory, reset_peaks
 from luthier.train.optimizer import make_optimizer
+from luthier.train.proof import Forecast, Trial, step_down
+from luthier.train.remedies import places, smaller
 from luthier.train.schedule import learning_rate
+from luthier.train.signals import StopSignals
 from luthier.train.step import NOT_FINITE, StepError, StepResult, Trainee, make_scaler, take_step
 
-__all__ = ["Session", "make_trainee"]
+__all__ = ["Hooks", "Session", "make_batches", "make_trainee"]
 
 
 def make_trainee(decoder: Decoder, settings: Settings) -> Trainee:
-    """Add the LoRA that `settings` ask for, seeded, and make its optimizer and loss scaler."""
+    """Add the LoRA that `settings` ask for, seeded, and make its optimizer and loss scaler; the decoder then computes
+    as they say."""
     spec = LoRASpec(settings.rank, settings.alpha, settings.dropout, settings.targets, settings.scale)
     add_lora(decoder, spec, settings.seed)
     decoder.checkpointing = settings.checkpointing
+    decoder.use(kernels_with(settings.attention))
     decoder.train()
     parameters = lora_parameters(decoder)
     optimizer = make_optimizer(
         settings.optimizer, parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
     )
     return Trainee(decoder, parameters, optimizer, make_scaler(settings.device, settings.precision))
+
+
+def make_batches(dataset: TrainingRows, settings: Settings) -> Batches:
+    """The micro-batches of every step."""
+    return Batches(
+        dataset.train,
+        settings.batch_size,
+        settings.micro_batch,
+        settings.seed,
+        capacity=settings.max_length if settings.packing else None,
+        longest_first=settings.longest_first,
+    )
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller has to do with a run.
+
+    companions: is given the adapter's folder before that is put in place, to write what belongs beside the adapter (a
+    tokenizer): all of it appears at once. forecast: what is predicted of a micro-batch, for the proof to be held
+    against. adopt: is told, before the first step, which settings the run goes on with where the planned ones were out
+    of memory.
+    """
+
+    companions: Callable[[Path], None] | None = None
+    forecast: Forecast | None = None
+    adopt: Callable[[Adopted], None] | None = None
+
+
+class _GivenUpError(Exception):
+    """A signal came while held-out rows were measured."""
 
 
 @dataclass
@@ -68,10 +107,18 @@ class Session:
     progress: Progress
     log: EventLog
     listener: Listener
+    signals: StopSignals
+    hooks: Hooks
+    peaks: dict[str, float] = field(default_factory=dict)  # GiB, by phase
     _saved: int | None = field(init=False)  # the step of the checkpoint `last` on disk
 
     def __post_init__(self) -> None:
         self._saved = self.progress.step if self.progress.step > 0 else None
+        self._note_peak("load")
+
+    def _note_peak(self, phase: str) -> None:
+        peak = memory_peak(self.trainee.decoder.device).allocated
+        self.peaks[phase] = max(peak, self.peaks.get(phase, 0.0))
 
     def tell(self, event: Event) -> None:
         """Write the event down, then tell the listener."""
@@ -90,6 +137,52 @@ class Session:
             )
         )
 
+    def prove(self) -> None:
+        """Take the largest micro-batch forward and backward, with less at once where it is out of memory.
+
+        Raises FitError where no plan of the same mathematics fits.
+        """
+        planned = self.settings
+        trial = Trial(lambda settings: make_batches(self.dataset, settings).heaviest(), self._proving, self._step_down)
+        with self._within_memory("the largest micro-batch, before the first step", trains=True):
+            self.settings, proof = step_down(self.trainee, planned, trial, self.hooks.forecast)
+        if proof is None:  # given up for a signal: nothing is proved, so nothing is changed
+            self.settings = planned
+            self.trainee.decoder.checkpointing = planned.checkpointing
+            return
+        self._note_peak("train")
+        if self.settings != planned:
+            self._adopt(planned, proof.load)
+        self.tell(ProofEvent.of(proof, self.progress.step))
+
+    def _proving(self, load: Load, done: int, total: int) -> bool:
+        """Show that it goes on; False where a signal has come."""
+        self.listener.on_progress(ProgressEvent("proof", self.progress.step, done, total, load.tokens))
+        return self.signals.received is None
+
+    def _step_down(self, failed: Settings, load: Load, following: Settings) -> None:
+        self.settings = following
+        message = (
+            f"out of memory with {self._ways(failed)} ({load.tokens:,} tokens at once): trying {self._ways(following)}"
+        )
+        self.tell(WarningEvent(step=self.progress.step, message=f"{message}, which gives the same result"))
+
+    def _ways(self, settings: Settings) -> str:
+        layers = self.trainee.decoder.config.layers
+        return f"micro_batch {settings.micro_batch} and {settings.checkpointing} of {layers} layers recomputed"
+
+    def _adopt(self, planned: Settings, load: Load) -> None:
+        """Make the settings that fit the run's, on disk too, before anything is trained with them."""
+        self.identity = identify(self.settings, self.dataset, self.identity.base)
+        reason = (
+            f"Out of memory in the proof with {self._ways(planned)}; "
+            f"{self._ways(self.settings)} fits and gives the same result."
+        )
+        if self.hooks.adopt is not None:
+            self.hooks.adopt(Adopted(self.settings, load, reason))
+        if (self.run.checkpoints / "last").is_dir():  # of step 0, with the settings that do not fit
+            self.save("last")
+
     def step(self, batches: Batches) -> None:
         """One optimizer step, with the micro-batches and the learning rate of its number.
 
@@ -104,9 +197,10 @@ class Session:
             with self._within_memory(f"step {done + 1}", trains=True):
                 result = take_step(self.trainee, batches.step(done), self.settings.clip)
         except StepError as error:
-            where = _places(self.dataset, error.rows)
+            where = places(self.dataset, error.rows)
             raise TrainingError(f"step {done + 1}: {error.what}{self._last_good()}; {where}", error.remedy) from error
         seconds = time.perf_counter() - began
+        self._note_peak("train")
         self.progress = replace(
             self.progress,
             step=done + 1,
@@ -158,11 +252,17 @@ class Session:
     def evaluate(self) -> None:
         """Measure the held-out loss; the lowest after step 0 is kept as the checkpoint `best`.
 
+        A signal ends it with nothing changed, so that it is due again.
         Raises TrainingError where the loss is not finite, FitError where memory does not suffice.
         """
         began, before, step = time.perf_counter(), self.progress, self.progress.step
-        with self._within_memory(f"step {step}, measuring the held-out loss", trains=False):
-            held_out = held_out_loss(self.trainee.decoder, self.dataset.eval)
+        reset_peaks(self.trainee.decoder.device)
+        try:
+            with self._within_memory(f"step {step}, measuring the held-out loss", trains=False):
+                held_out = held_out_loss(self.trainee.decoder, self.dataset.eval, between=self._evaluating)
+        except _GivenUpError:
+            return
+        self._note_peak("evaluate")
         seconds = time.perf_counter() - began
         if not math.isfinite(held_out.loss):
             raise TrainingError(f"step {step}: the held-out loss is not finite{self._last_good()}", NOT_FINITE)
@@ -189,6 +289,13 @@ class Session:
         if best:
             self.save("best")
 
+    def _evaluating(self, rows: int) -> None:
+        """Show that it goes on; raises _GivenUpError where a signal has come before the last rows are done."""
+        total = len(self.dataset.eval)
+        self.listener.on_progress(ProgressEvent("evaluation", self.progress.step, rows, total))
+        if self.signals.received is not None and rows < total:
+            raise _GivenUpError
+
     def save_is_due(self) -> bool:
         """Every `save_every` steps and after the last, once each."""
         step, every = self.progress.step, self.settings.save_every
@@ -212,19 +319,16 @@ class Session:
             "run the same command again with --resume to go on from there",
         )
 
-    def finish(self, companions: Callable[[Path], None] | None = None) -> EndEvent:
-        """Make the adapter of the checkpoint `best` (`last` where nothing was held out) the run's and the decoder's.
-
-        `companions` writes what belongs beside the adapter into its folder, before that is put in place.
-        """
+    def finish(self) -> EndEvent:
+        """Make the adapter of the checkpoint `best` (`last` where nothing was held out) the run's and the decoder's."""
         chosen: Literal["best", "last"] = "last" if self.progress.best_step is None else "best"
         folder = self.run.checkpoints / chosen
         recover_folder(folder)
         of = read_progress(folder)  # its own word: a GPU may find a slightly different best when a run is resumed
         with atomic_folder(self.run.adapter) as beside:
             shutil.copytree(folder / "adapter", beside, dirs_exist_ok=True)
-            if companions is not None:
-                companions(beside)
+            if self.hooks.companions is not None:
+                self.hooks.companions(beside)
         load_adapter(self.trainee.decoder, self.run.adapter)
         self.trainee.decoder.eval()
         self.progress = replace(self.progress, best_eval=of.best_eval, best_step=of.best_step)
@@ -250,27 +354,8 @@ class Session:
             if not out_of_memory(error):
                 raise
             message = f"{doing}: out of memory on {self.settings.device}{self._last_good()}"
-            raise FitError(message, _smaller(self.settings, trains=trains)) from error
+            layers = self.trainee.decoder.config.layers
+            raise FitError(message, smaller(self.settings, layers, trains=trains)) from error
 
     def _last_good(self) -> str:
         return "" if self._saved is None else f"; the last checkpoint, of step {self._saved}, is whole"
-
-
-def _smaller(settings: Settings, *, trains: bool) -> str:
-    """What makes the run smaller and is not done yet. An evaluation has neither micro-batches nor a backward pass."""
-    ways: list[str] = []
-    if trains and settings.micro_batch > 1:
-        ways.append(f"train.micro_batch: {settings.micro_batch // 2} or less (the result is the same)")
-    if trains and not settings.checkpointing:
-        ways.append("train.checkpointing: true")
-    if settings.quantize == "none" and settings.device in QUANTIZE_DEVICES["nf4"]:
-        ways.append("quantize: nf4")
-    ways.append(f"a train.max_length below {settings.max_length}")
-    listed = " or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
-    return f"{listed}; it is then another run, with a directory of its own (--out)"
-
-
-def _places(dataset: TrainingRows, rows: Sequence[int], shown: int = 20) -> str:
-    """Where the rows of a batch stand in the user's files."""
-    listed = ", ".join(str(dataset.places[row]) for row in rows[:shown])
-    return f"the rows of the batch: {listed}" + (f" and {len(rows) - shown} more" if len(rows) > shown else "")

@@ -29,7 +29,16 @@ from luthier.data.batches import Batch
 from luthier.errors import TrainingError
 from luthier.model.decoder import Decoder
 
-__all__ = ["NOT_FINITE", "StepError", "StepResult", "Trainee", "forward_backward", "make_scaler", "take_step"]
+__all__ = [
+    "NOT_FINITE",
+    "StepError",
+    "StepResult",
+    "Trainee",
+    "add_gradient",
+    "forward_backward",
+    "make_scaler",
+    "take_step",
+]
 
 
 @dataclass(frozen=True)
@@ -77,22 +86,25 @@ def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: G
     weight = sum(batch.weight for batch in micro_batches)
     if weight == 0:
         raise StepError("no token of the batch has a label", _rows(micro_batches), "a larger train.max_length may help")
-    sums: list[torch.Tensor] = []
-    for micro_batch in micro_batches:
-        batch = micro_batch.to(decoder.device)
-        hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
-        summed = decoder.kernels.linear_cross_entropy(
-            hidden_TD, decoder.head_weight, batch.labels_T, weights_N=batch.weights_T
-        )
-        sums.append(summed.detach())
-        loss = summed / weight
-        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-    sums_M = torch.stack(sums).cpu().double()  # one wait for the device, after all is queued; MPS has no float64
+    sums_M = torch.stack([add_gradient(decoder, batch, weight, scaler) for batch in micro_batches])
+    sums_M = sums_M.cpu().double()  # one wait for the device, after all is queued; MPS has no float64
     finite_M = sums_M.isfinite().tolist()
     if not all(finite_M):
         bad = [batch for batch, finite in zip(micro_batches, finite_M, strict=True) if not finite]
         raise StepError("the loss is not finite", _rows(bad), NOT_FINITE)
     return float(sums_M.sum()) / weight
+
+
+def add_gradient(decoder: Decoder, micro_batch: Batch, weight: float, scaler: GradScaler | None) -> torch.Tensor:
+    """One micro-batch forward and backward; returns the sum of its losses, which the gradient divides by `weight`."""
+    batch = micro_batch.to(decoder.device)
+    hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
+    summed = decoder.kernels.linear_cross_entropy(
+        hidden_TD, decoder.head_weight, batch.labels_T, weights_N=batch.weights_T
+    )
+    loss = summed / weight
+    (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    return summed.detach()
 
 
 def take_step(trainee: Trainee, micro_batches: Sequence[Batch], clip: float) -> StepResult:

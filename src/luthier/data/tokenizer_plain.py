@@ -1,0 +1,88 @@
+"""Tokenizers that say everything themselves, read without transformers, which takes seconds to import.
+
+Llama 3 and what was made of it have the class `PreTrainedTokenizerFast` (`TokenizersBackend` since transformers 5): the
+tokenizer is what tokenizer.json says, and tokenizer_config.json only names its special tokens. Anything beyond that (a
+setting that is not known here, a special token that tokenizer.json lacks, files of older layouts) is left to
+transformers. Tests hold what is read here against what transformers makes of the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+__all__ = ["Plain", "read_plain"]
+
+_Document: TypeAlias = Mapping[str, object]
+
+_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_FAMILIES = (None, "llama")  # transformers mends the tokenizers of other families
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SAY_NOTHING = (  # of how text becomes ids
+    *("backend", "tokenizer_class", "chat_template", "added_tokens_decoder", "clean_up_tokenization_spaces"),
+    *("is_local", "model_input_names", "model_max_length", "padding_side"),
+)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A tokenizer and what its own file does not say of it. `special` by the names that templates use."""
+
+    backend: Tokenizer
+    special: dict[str, str]
+    chat_template: str | None
+
+
+def read_plain(folder: Path) -> Plain | None:
+    """The tokenizer of a model's folder; None where transformers is needed to read it, or to say what is wrong."""
+    try:
+        config, whole = _read(folder / "tokenizer_config.json"), _read(folder / "tokenizer.json")
+        model = _read(folder / "config.json") if (folder / "config.json").is_file() else {}
+    except (OSError, ValueError):
+        return None
+    template = config.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    special = {name: str(config[name]) for name in _NAMED if config.get(name) is not None}
+    if not (
+        config.get("tokenizer_class") in _CLASSES
+        and model.get("model_type") in _FAMILIES
+        and set(config) <= {*_NAMED, *_SAY_NOTHING}
+        and _adds_nothing(folder, config, whole, special)
+        and (template is None or isinstance(template, str))
+        and not (folder / "additional_chat_templates").exists()
+    ):
+        return None
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if backend.post_processor is None:  # transformers puts one there that adds nothing
+        backend.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+    return Plain(backend, special, template)
+
+
+def _read(path: Path) -> _Document:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return document
+
+
+def _adds_nothing(folder: Path, config: _Document, whole: _Document, special: Mapping[str, str]) -> bool:
+    """Whether every special token is one of tokenizer.json, as it stands there."""
+    listed = whole.get("added_tokens")
+    if not isinstance(listed, list) or whole.get("truncation") is not None or whole.get("padding") is not None:
+        return False
+    own = {str(token["id"]): {name: token[name] for name in token if name != "id"} for token in listed}
+    again = config.get("added_tokens_decoder")
+    if again is None:  # then transformers reads these two, of an older layout
+        if any((folder / name).is_file() for name in ("special_tokens_map.json", "added_tokens.json")):
+            return False
+    elif again != own:
+        return False
+    named = {token["content"] for token in own.values() if token["special"]}
+    return all(isinstance(config[name], str) and text in named for name, text in special.items())

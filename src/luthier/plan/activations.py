@@ -1,0 +1,128 @@
+"""Bytes that one micro-batch holds while it is trained: what each layer keeps for the backward pass, and what exists
+for a moment only.
+
+Read off the code that allocates it: decoder.py, lora.py, kernels/. A frozen projection keeps nothing (its gradient
+needs only its weight); an adapter keeps its input and the low-rank product; a norm keeps its input in fp32; attention
+keeps q, k, v, its output and one fp32 number a token and head; SwiGLU keeps gate, silu(gate), up and their product.
+
+Legend: T tokens, D hidden size, Q query width (heads x head size), K key width, F inner size, r rank, e bytes of one
+number in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from luthier.model.config import projection_shapes
+from luthier.plan.work import Work
+
+__all__ = [
+    "CHUNK_LOGITS",
+    "adapter_parameters_of",
+    "backward_bytes",
+    "element_bytes",
+    "evaluation_bytes",
+    "kept_bytes",
+    "largest_projection",
+    "loss_bytes",
+    "recomputed_bytes",
+]
+
+CHUNK_LOGITS = 2**25
+"""Logits that exist at once; the loss's own constant (kernels/loss.py), held equal by a test."""
+
+_WIDE = 4  # fp32
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def element_bytes(work: Work) -> int:
+    """Bytes of one number in the compute dtype."""
+    return 4 if work.precision == "fp32" else 2
+
+
+def adapter_parameters_of(work: Work) -> int:
+    """Trainable parameters: rank * (out + in) for each target of each layer."""
+    shapes = projection_shapes(work.config)
+    return work.config.layers * work.rank * sum(sum(shapes[name]) for name in work.targets)
+
+
+def largest_projection(work: Work) -> int:
+    """Weights of the largest projection of a layer."""
+    return max(out * inp for out, inp in projection_shapes(work.config).values())
+
+
+def kept_bytes(work: Work) -> int:
+    """What one layer keeps that is not recomputed."""
+    config, e = work.config, element_bytes(work)
+    shapes = projection_shapes(config)
+    queries, keys, inner = shapes["q_proj"][0], shapes["k_proj"][0], shapes["gate_proj"][0]
+    norms = 2 * (_WIDE * config.hidden_size + _WIDE)
+    qk_norms = _WIDE * (queries + keys + config.heads + config.kv_heads) if config.qk_norm else 0
+    swiglu = 3 * inner * e
+    token = norms + qk_norms + _attention_token_bytes(work, queries, keys) + swiglu + _adapter_token_bytes(work)
+    return work.tokens * token + _attention_square_bytes(work) + _cast_bytes(work)
+
+
+def _attention_token_bytes(work: Work, queries: int, keys: int) -> int:
+    """A token's q, k, v, output and log-sum-exp. Where queries share keys, "efficient" and "math" repeat the keys."""
+    held = keys if work.attention == "flash" else queries
+    return (2 * queries + 2 * held) * element_bytes(work) + _WIDE * work.config.heads
+
+
+def _attention_square_bytes(work: Work) -> int:
+    """What grows with the square of a document's length: only "math" holds the probabilities."""
+    if work.attention != "math":
+        return 0
+    documents = max(1, work.tokens // work.longest)
+    return documents * work.longest**2 * work.config.heads * (element_bytes(work) + 1)
+
+
+def _equal_documents(work: Work) -> bool:
+    return work.documents * work.longest == work.tokens
+
+
+def _adapter_token_bytes(work: Work) -> int:
+    """Inputs of the adapters and the low-rank products. An input is shared where projections read the same; that of
+    o_proj is what attention keeps anyway, unless it had to be joined from documents of several lengths. With dropout
+    each has its own, and a mask (in the compute dtype on a CPU; CUDA needs less)."""
+    e, shapes = element_bytes(work), projection_shapes(work.config)
+    inputs = 0
+    for group in _SAME_INPUT:
+        targeted = [name for name in group if name in work.targets]
+        if work.dropout:
+            inputs += sum(shapes[name][1] * 2 * e for name in targeted)
+        elif targeted and (group != ("o_proj",) or not _equal_documents(work)):
+            inputs += shapes[targeted[0]][1] * e
+    return inputs + len(work.targets) * work.rank * e
+
+
+def _cast_bytes(work: Work) -> int:
+    """A and B of one layer in the compute dtype; fp32 uses the masters themselves."""
+    return 0 if work.precision == "fp32" else adapter_parameters_of(work) // work.config.layers * element_bytes(work)
+
+
+def recomputed_bytes(work: Work) -> int:
+    """What one layer keeps that is recomputed: its input."""
+    return work.tokens * work.config.hidden_size * element_bytes(work)
+
+
+def backward_bytes(work: Work) -> int:
+    """What exists for a moment in the backward pass, at its fullest: in the MLP the gradient of the product from the
+    frozen weight and from the adapter, or those of its two factors; and the gradients of the residual stream."""
+    e, shapes = element_bytes(work), projection_shapes(work.config)
+    inner = shapes["gate_proj"][0]
+    return work.tokens * (2 * inner + 3 * work.config.hidden_size) * e
+
+
+def loss_bytes(work: Work, *, tokens: int, trains: bool) -> int:
+    """The head and the loss: rows, their gradient, and one chunk of logits twice in fp32 (the logits, and inside
+    logsumexp their exponentials) or in both dtypes."""
+    e, vocabulary = element_bytes(work), work.config.vocab_size
+    rows = min(tokens, max(1, CHUNK_LOGITS // vocabulary))
+    chunk = rows * vocabulary * 2 * _WIDE
+    held = tokens * work.config.hidden_size * (e * (3 if trains else 2) + (_WIDE if trains else 0))
+    return chunk + held
+
+
+def evaluation_bytes(work: Work, tokens: int) -> int:
+    """One layer without a backward pass: the residual stream, a norm in fp32, and the MLP's gate, up and products."""
+    e, shapes = element_bytes(work), projection_shapes(work.config)
+    return tokens * ((3 * e + 2 * _WIDE) * work.config.hidden_size + 4 * shapes["gate_proj"][0] * e)

@@ -1,0 +1,190 @@
+"""The closed form of memory against what torch really keeps, on models of every shape of the formula; and its laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.data.batches import Batch, pack
+from luthier.data.conversation import Example
+from luthier.hardware.device import DeviceKind
+from luthier.kernels.loss import CHUNK_LOGITS as LOSS_CHUNK
+from luthier.model.config import PROJECTIONS, ModelConfig, parameters
+from luthier.model.decoder import Decoder
+from luthier.model.load import load_decoder
+from luthier.model.lora import LoRASpec, add_lora, lora_parameters
+from luthier.plan import activations
+from luthier.plan.memory import predict_memory, weight_bytes
+from luthier.plan.work import Work
+from luthier.train.optimizer import make_optimizer
+from tests import tiny
+
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128, max_positions=131072)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ATTENTION_ONLY = PROJECTIONS[:4]
+
+
+def work(config: ModelConfig = LLAMA_8B, **changes: object) -> Work:
+    base = Work(config, "bf16", "none", "adamw", "flash", 16, PROJECTIONS, 2048, 2048)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def batch_of(lengths: tuple[int, ...], vocabulary: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(5, vocabulary, (length,), generator=generator).numpy() for length in lengths]
+    return pack([Example(ids=ids, labels=ids, row=row) for row, ids in enumerate(rows)])
+
+
+def kept(decoder: Decoder, batch: Batch) -> int:
+    """Bytes that a forward pass through the layers keeps for the backward pass, each storage once; no parameter, and
+    none of the tables that all layers share."""
+    shared = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    positions = decoder._positions(batch.ids_T, batch.lengths, None)
+    shared |= {table.untyped_storage().data_ptr() for table in (positions.cos, positions.sin)}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in shared:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too: lest its address be given again
+        return tensor
+
+    h_TD = torch.nn.functional.embedding(batch.ids_T, decoder.model.embed_tokens.weight).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for layer in decoder.model.layers:
+            h_TD = layer(h_TD, positions)
+    return sum(size for size, _ in found.values())
+
+
+CASES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "fp32": {"precision": "fp32"},
+    "attention only": {"targets": ATTENTION_ONLY},
+    "documents of several lengths": {"lengths": (70, 31, 20)},
+    "equal documents": {"lengths": (40, 40, 40)},
+    "dropout": {"dropout": 0.1},
+    "rank 3": {"rank": 3},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_layer_keeps_what_the_formula_says(case: str, family: str, tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / family, family)
+    asked: dict[str, object] = {
+        "precision": "bf16",
+        "lengths": (121,),
+        "targets": PROJECTIONS,
+        "rank": 5,
+        **CASES[case],
+    }
+    lengths = asked.pop("lengths")
+    assert isinstance(lengths, tuple)
+    decoder = load_decoder(folder, dtype=DTYPES[str(asked["precision"])])
+    asked = {"dropout": 0.0, **asked}
+    spec = LoRASpec(asked["rank"], 7.0, asked["dropout"], asked["targets"])  # type: ignore[arg-type]
+    add_lora(decoder, spec, 0)
+    decoder.train()
+    total, longest = sum(lengths), max(lengths)
+    planned = work(decoder.config, tokens=total, longest=longest, documents=len(lengths), **asked)
+    predicted = decoder.config.layers * activations.kept_bytes(planned)
+    measured = kept(decoder, batch_of(lengths, decoder.config.vocab_size))
+    assert predicted == pytest.approx(measured, rel=0.02), f"{predicted / measured:.3f} of what is kept"
+
+
+def test_state_is_what_the_optimizer_allocates(tiny_llama: Path) -> None:
+    decoder = load_decoder(tiny_llama, dtype=torch.float32)
+    add_lora(decoder, LoRASpec(6, 7.0), 0)
+    leaves = lora_parameters(decoder)
+    optimizer = make_optimizer("adamw", leaves, learning_rate=1e-3, weight_decay=0.0)
+    for leaf in leaves.values():
+        leaf.grad = torch.zeros_like(leaf)
+    optimizer.step()
+    moments = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    scalars = 4 * len(leaves)  # the count of steps
+    train = predict_memory(work(decoder.config, rank=6), "cpu").phase("train")
+    found = {part.name: part.bytes for part in train.parts}
+    assert found["optimizer"] == moments - scalars
+    assert found["adapter"] == found["gradients"] == sum(leaf.nbytes for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_weights_are_what_is_loaded(tiny_llama: Path, quantize: str) -> None:
+    decoder = load_decoder(tiny_llama, dtype=torch.bfloat16, quantize=quantize)  # type: ignore[arg-type]
+    held = sum(parameter.nbytes for parameter in decoder.parameters())
+    if quantize == "nf4":
+        from luthier.model.quantize import NF4Linear
+
+        for module in decoder.modules():
+            if isinstance(module, NF4Linear) and module.quant_state is not None:
+                held += module.quant_state.absmax.nbytes
+                assert module.quant_state.state2 is not None
+                held += module.quant_state.state2.absmax.nbytes
+    predicted = weight_bytes(work(decoder.config, quantize=quantize))
+    assert predicted == pytest.approx(held, rel=0.02)
+
+
+def test_the_chunk_of_logits_is_the_loss_s_own() -> None:
+    assert activations.CHUNK_LOGITS == LOSS_CHUNK
+
+
+def test_weights_of_8b() -> None:
+    """bf16: two bytes a parameter; NF4: about 5.5 GB (embedding and head stay in 16 bits)."""
+    assert weight_bytes(work()) == 2 * parameters(LLAMA_8B)
+    assert weight_bytes(work(quantize="nf4")) / 1e9 == pytest.approx(5.5, rel=0.05)
+
+
+_works = st.builds(
+    work,
+    tokens=st.integers(1, 20_000),
+    recomputed=st.integers(0, 32),
+    rank=st.integers(1, 256),
+    precision=st.sampled_from(["bf16", "fp16", "fp32"]),
+    quantize=st.sampled_from(["none", "nf4"]),
+    optimizer=st.sampled_from(["adamw", "adamw-8bit"]),
+    attention=st.sampled_from(["flash", "efficient", "math"]),
+    evaluation_tokens=st.integers(0, 5000),
+)
+_kinds = st.sampled_from(["cpu", "cuda", "mps"])
+
+
+@given(_works, _kinds)
+@settings(max_examples=200, deadline=None)
+def test_laws(one: Work, kind: DeviceKind) -> None:
+    one = replace(one, longest=one.tokens)
+    train = predict_memory(one, kind).phase("train").bytes
+    assert train > 0
+
+    def other(**changes: object) -> int:
+        return predict_memory(replace(one, **changes), kind).phase("train").bytes  # type: ignore[arg-type]
+
+    assert other(tokens=one.tokens + 1, longest=one.tokens + 1) >= train
+    assert other(rank=one.rank + 1) > train
+    assert other(optimizer="adamw") >= train
+    assert other(sharding="ddp", devices=4) >= train
+    assert other(attention="flash") <= train
+    if one.recomputed < 31:  # the last layer's own recomputation holds as much as keeping it
+        assert other(recomputed=one.recomputed + 1) <= train
+    if one.sharding == "none" and one.quantize == "nf4":
+        assert other(quantize="none") > train
+
+
+def test_fsdp_cuts_weights_state_and_nothing_else() -> None:
+    whole, cut = (predict_memory(work(sharding=s, devices=4), "cuda").phase("train") for s in ("none", "fsdp"))
+    at = {part.name: part.bytes for part in whole.parts}
+    of = {part.name: part.bytes for part in cut.parts}
+    for name in ("weights", "adapter", "gradients", "optimizer"):
+        assert of[name] == pytest.approx(at[name] / 4, abs=1)
+    for name in ("activations", "context"):
+        assert of[name] == at[name]
+    assert of["gathered weights"] > 0
