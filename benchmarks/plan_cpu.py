@@ -134,7 +134,7 @@ def luthier(words: Sequence[str]) -> dict[str, Any]:
 
 def calibrated() -> float:
     """FLOP/s of the widest bf16 product, after measuring all rates anew."""
-    rates = luthier(["doctor", "--calibrate"])["rates"]
+    rates = luthier(["doctor", "--calibrate"])["machine"]["device"]["rates"]
     return float(max((one["width"], one["flops"]) for one in rates["matmul"] if one["precision"] == "bf16")[1])
 
 

@@ -16,6 +16,8 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.mallo
 
 import pytest
 
+from luthier.hardware.calibrate import calibrate, estimate_rates
+from luthier.hardware.probe import this_device
 from tests import tiny
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -23,8 +25,12 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared data goes to a folder of this test session, never to the user's cache."""
+    """Prepared data goes to a folder of this test session, never to the user's cache. This machine's speed is there
+    already, estimated: training commands would measure it for three seconds first."""
     os.environ["LUTHIER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luthier.hardware.measure.measure", lambda device, _: estimate_rates(device))
+        calibrate(this_device())
 
 
 @pytest.fixture(scope="session")

@@ -10,17 +10,23 @@ import pytest
 from luthier.cli.pins import SOURCE, pins_of
 from luthier.cli.preparing import Prepared, prepare
 from luthier.errors import FitError, UsageError
-from luthier.hardware.device import Device
+from luthier.hardware.calibrate import estimate_rates
+from luthier.hardware.device import Device, Rates
 from luthier.plan.plan import as_document
 from luthier.plan.proof import Adopted, Load, adopt
 from luthier.recipe.load import recipe_from_mapping
 from luthier.recipe.schema import Recipe
-from luthier.runs import RunDirectory, write_json
+from luthier.runs import RunDirectory, atomic_folder, read_json, write_json
+from tests.cli.command import Command
 
-ROOMY = Device("cpu", "a CPU", 64.0, 8, None, ("bf16", "fp32"))
-CARD = Device("cuda", "a card", 24.0, 8, (8, 6), ("bf16", "fp16", "fp32"))
-OLD_CARD = Device("cuda", "an old card", 15.0, 8, (7, 5), ("fp16", "fp32"))
-TINY = Device("cpu", "a very small CPU", 0.001, 2, None, ("fp32",))
+RATES = estimate_rates(Device("cuda", "any", 1.0, 8, (8, 0), ("bf16", "fp16", "fp32")))
+"""So that nothing is measured here."""
+
+ROOMY = Device("cpu", "a CPU", 64.0, 8, None, ("bf16", "fp32"), rates=RATES)
+CARD = Device("cuda", "a card", 24.0, 8, (8, 6), ("bf16", "fp16", "fp32"), rates=RATES)
+OLD_CARD = Device("cuda", "an old card", 15.0, 8, (7, 5), ("fp16", "fp32"), rates=RATES)
+MAC = Device("mps", "a Mac", 48.0, 8, None, ("bf16", "fp16", "fp32"), rates=RATES)
+TINY = Device("cpu", "a very small CPU", 0.001, 2, None, ("fp32",), rates=RATES)
 
 
 def recipe(**changes: object) -> Recipe:
@@ -28,7 +34,7 @@ def recipe(**changes: object) -> Recipe:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
-    monkeypatch.setattr("luthier.hardware.probe.this_device", lambda: device)
+    monkeypatch.setattr("luthier.hardware.probe.this_device", lambda folder: device)  # noqa: ARG005
 
 
 def begun(folder: Path, prepared: Prepared) -> RunDirectory:
@@ -116,6 +122,20 @@ def test_a_run_is_evaluated_on_another_kind_of_device(tmp_path: Path, monkeypatc
     assert (there.plan.settings.max_length, there.digest) == (first.plan.settings.max_length, first.digest)
 
 
+@pytest.mark.parametrize("device", [OLD_CARD, ROOMY])
+def test_what_only_the_first_machine_had_is_not_needed_to_evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    on(monkeypatch, CARD)
+    asked = recipe(train={"attention": "flash", "optimizer": "paged-adamw-8bit", "precision": "bf16"})
+    first = prepare(asked)
+    run = begun(tmp_path / "run", first)
+    on(monkeypatch, device)
+    there = prepare(asked, pins=pins_of(run, resume=False)).plan
+    assert there.settings.attention == ("efficient" if device is OLD_CARD else "flash")
+    assert there.settings.max_length == first.plan.settings.max_length
+
+
 def test_less_memory_today_is_said_and_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +149,123 @@ def test_less_memory_today_is_said_and_tried(
     again = prepare(recipe(quantize="none"), pins=pins_of(run, resume=True))
     assert again.plan.settings == first.plan.settings
     assert again.plan.device == TINY
+    hardware = again.plan.decision("hardware")
+    assert (hardware.value, hardware.reason) == ("a very small CPU", "0.001 GiB, 2 cores, fast in fp32.")
+    assert all("e+06" not in one.reason for one in again.plan.decisions)
     assert "began with these settings, so they are kept" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_full_disk_and_a_small_host_refuse_nothing_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    on(monkeypatch, CARD)
+    first = prepare(recipe())
+    run = begun(tmp_path / "run", first)
+    full = replace(CARD, disk_gib=0.0, host_gib=0.001, memory_gib=4.0)
+    on(monkeypatch, full)
+    with pytest.raises(FitError):
+        prepare(recipe())
+    capfd.readouterr()
+    for resume in (True, False):
+        again = prepare(recipe(), pins=pins_of(run, resume=resume))
+        assert (again.plan.settings, again.plan.device) == (first.plan.settings, full)
+        said = " ".join(capfd.readouterr().err.split())
+        assert ("careful" in said) is resume, "evaluating writes next to nothing, and fits"
+
+
+def test_evaluating_where_it_may_not_fit_is_said_and_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    on(monkeypatch, CARD)
+    run = begun(tmp_path / "run", prepare(recipe(quantize="none")))
+    on(monkeypatch, TINY)
+    prepare(recipe(quantize="none"), pins=pins_of(run, resume=False))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "careful: evaluating needs " in said
+    assert "a very small CPU has 0.001 GiB for it. It is tried." in said
+
+
+def test_a_base_in_nf4_is_evaluated_where_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, CARD)
+    run = begun(tmp_path / "run", prepare(recipe(quantize="nf4")))
+    on(monkeypatch, MAC)
+    for asked in (recipe(), recipe(quantize="nf4")):
+        with pytest.raises(UsageError, match="is held in nf4, which this machine's mps cannot do") as caught:
+            prepare(asked, pins=pins_of(run, resume=False))
+        assert caught.value.remedy == "evaluate it on a machine with cpu or cuda"
+
+
+def test_more_layers_recomputed_than_there_are_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, ROOMY)
+    asked = recipe(train={"checkpointing": 99})
+    first = prepare(asked)
+    assert first.plan.settings.checkpointing < 99
+    run = begun(tmp_path / "run", first)
+    on(monkeypatch, replace(ROOMY, fast=("fp32",)))
+    assert prepare(asked, pins=pins_of(run, resume=True)).plan.settings == first.plan.settings
+
+
+def test_a_checkpoint_that_a_kill_left_half_replaced_pins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder was moved aside and its successor not yet in place."""
+    on(monkeypatch, ROOMY)
+    run = RunDirectory(tmp_path / "run")
+    write_json(run.plan, as_document(prepare(recipe()).plan))
+    assert pins_of(run, resume=True) is None
+    with atomic_folder(run.checkpoints / "last") as beside:
+        aside = beside.with_suffix(".old")
+    (run.checkpoints / "last").rename(aside)
+    assert pins_of(run, resume=True) is not None
+
+
+def test_the_disk_is_that_of_the_run_directory(
+    luthier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path | None] = []
+
+    def device(folder: Path | None = None) -> Device:
+        asked.append(folder)
+        raise UsageError("that is all", "nothing")
+
+    (tmp_path / "recipe.yaml").write_text("model: sprig\ndata: pirate\n")
+    monkeypatch.setattr("luthier.hardware.probe.this_device", device)
+    for words in (("train", "recipe.yaml"), ("run", "recipe.yaml"), ("demo",)):
+        assert luthier(*words, "--out", tmp_path / "other" / "disk").code == 2
+    assert luthier("plan", "recipe.yaml").code == 2
+    assert asked == [tmp_path / "other" / "disk"] * 3 + [None]
+
+
+def test_a_machine_is_measured_once_before_its_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[Device] = []
+
+    def calibrate(device: Device) -> Rates:
+        measured.append(device)
+        return replace(RATES, source="measured by a test")
+
+    monkeypatch.setattr("luthier.hardware.calibrate.calibrate", calibrate)
+    unknown = replace(ROOMY, rates=None)
+    on(monkeypatch, unknown)
+    prepare(recipe(), weights=False)
+    assert measured == [], "a plan measures nothing"
+    first = prepare(recipe())
+    assert measured == [unknown]
+    assert first.plan.time.source == "measured by a test"
+    assert "measuring this machine's speed, once" in capfd.readouterr().err
+    run = begun(tmp_path / "run", first)
+    prepare(recipe(), pins=pins_of(run, resume=False))
+    on(monkeypatch, ROOMY)
+    prepare(recipe())
+    assert measured == [unknown], "it is known by now"
+
+
+def test_training_really_measures(luthier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "recipe.yaml").write_text("model: sprig\ndata: pirate\ntrain: {steps: 1, warmup_steps: 0}\n")
+    ended = luthier("train", "recipe.yaml", "--out", "run")
+    assert ended.code == 0, ended.err
+    assert len(list((tmp_path / "cache" / "rates").iterdir())) == 1
+    assert read_json(tmp_path / "run" / "plan.json")["time"]["source"].startswith("measured on this machine")
 
 
 def test_a_plan_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,9 @@ def test_a_hub_id_from_its_config_alone(tmp_path: Path, tiny_llama: Path, rows: 
     assert planned.stderr.splitlines()[-1] == "imported: huggingface_hub"
     trained = fresh("train", made, home=tmp_path)
     assert trained.returncode == 2, trained.stderr
-    assert "maker/tiny on the hub has no safetensors weights" in " ".join(trained.stderr.split())
+    said = " ".join(trained.stderr.split())
+    assert "only a part of the model maker/tiny (a plan fetches no weights), and HF_HUB_OFFLINE is set" in said
+    assert "Connect once" in said
 
 
 def test_a_hub_id_with_its_tokenizer(tmp_path: Path, tiny_llama: Path, rows: Path) -> None:

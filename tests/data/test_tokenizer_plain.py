@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from luthier.data.tokenizer import _load, _load_by_transformers
 from luthier.data.tokenizer_plain import read_plain
+from luthier.errors import ModelError
 from luthier.model.locate import locate_model
 from tests import tiny
 
@@ -39,6 +41,23 @@ def test_llama_3(shared: Path) -> None:
 
 def test_a_model_that_transformers_saved(tiny_llama: Path) -> None:
     same(tiny_llama)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"model": {"type": "of the future"}}, {"added_tokens": [{"content": "<x>"}]}, {"added_tokens": ["<x>"]}],
+    ids=str,
+)
+def test_a_damaged_or_newer_file_is_left_to_transformers(
+    tmp_path: Path, tiny_llama: Path, damage: dict[str, object]
+) -> None:
+    """Whose errors have a message of ours."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    whole(folder, **damage)
+    assert read_plain(folder) is None
+    with pytest.raises(ModelError):
+        _load(folder)
 
 
 def decoder(folder: Path, **changes: object) -> None:

@@ -54,6 +54,13 @@ def test_capability_of_amd_does_not_mean_nvidias() -> None:
     assert device.fast == ("fp16", "fp32")
 
 
+def test_of_the_host_too_only_what_is_free_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.hardware.accelerators.free_memory", lambda _: 3 * GIB)
+    monkeypatch.setattr("luthier.hardware.accelerators.own_memory", lambda: GIB)
+    monkeypatch.setattr("luthier.hardware.accelerators.host_memory", lambda _: 64 * GIB)
+    assert gpu_device([T4]).host_gib == 4.0
+
+
 def test_memory_that_another_process_holds_is_not_free() -> None:
     held = Gpu("cuda", "Tesla T4", T4.total, 4 * GIB, (7, 5))
     device = gpu_device([held])
@@ -70,20 +77,21 @@ def test_card_that_gives_nothing() -> None:
 
 
 def test_different_cards_are_not_several() -> None:
-    assert gpu_device([T4, A10G, A10G], link=1e9).count == 1
-    assert gpu_device([T4, A10G, A10G], link=1e9).link is None
-    assert gpu_device([A10G, T4, A10G], link=1e9).count == 2
+    assert gpu_device([T4, A10G, A10G]).count == 1
+    assert gpu_device([A10G, T4, A10G]).count == 2
     smaller = Gpu("cuda", "NVIDIA A10G", 11 * GIB, None, (8, 6))  # a part of a card
     assert gpu_device([A10G, smaller]).count == 1
 
 
-def test_several_equal_cards_have_a_link(tmp_path: Path) -> None:
+def test_doctor_asks_how_several_equal_cards_are_linked(tmp_path: Path) -> None:
     card(tmp_path)
     lanes = "GPU 0: NVIDIA A100\n" + "".join(f"\t Link {number}: 25 GB/s\n" for number in range(12))
-    device = this_device(tmp_path, look=lambda _: (A10G, A10G), run=answers(lanes, None))
+    device = describe(tmp_path, look=lambda _: (A10G, A10G), run=answers(lanes, None)).device
     assert (device.count, device.link) == (2, 300e9)
-    alone = this_device(tmp_path, look=lambda _: (A10G,), run=answers(lanes, None))
+    alone = describe(tmp_path, look=lambda _: (A10G,), run=answers(lanes, None)).device
     assert (alone.count, alone.link) == (1, None)
+    planned = this_device(tmp_path, look=lambda _: (A10G, A10G))  # training is on one: nothing is asked
+    assert (planned.count, planned.link) == (2, None)
 
 
 def test_pcie_where_there_is_no_nvlink() -> None:

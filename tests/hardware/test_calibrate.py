@@ -19,6 +19,7 @@ from luthier.errors import UsageError
 from luthier.hardware.calibrate import calibrate, estimate_rates, stored_rates
 from luthier.hardware.cpu import cpu_device
 from luthier.hardware.device import Device, DeviceKind, Precision, Rates
+from luthier.hardware.measure import measure
 
 CPU = Device("cpu", "a test's CPU", 8.0, 2, fast=("bf16", "fp32"))
 
@@ -68,6 +69,33 @@ def test_long_documents_are_not_measured_slower_than_short_ones(kept: tuple[Path
     lengths = [one for one in kept[2].attention if one.precision == "fp32"]
     assert [one.length for one in lengths] == sorted(one.length for one in lengths)
     assert lengths[-1].forward > 0.5 * lengths[0].forward  # half: other programs run beside the tests
+
+
+class Clock:
+    """Every reading is `tick` seconds after the one before: an operation takes as long, however fast this machine."""
+
+    def __init__(self, tick: float) -> None:
+        self.tick, self.seconds, self.readings = tick, 0.0, 0
+
+    def __call__(self) -> float:
+        self.readings += 1
+        self.seconds += self.tick
+        return self.seconds
+
+
+@pytest.mark.parametrize("tick", [0.01, 0.025])
+def test_measuring_takes_three_seconds_at_most(tick: float) -> None:
+    clock = Clock(tick)
+    measure(CPU, clock)
+    assert clock.seconds <= 3.3
+
+
+def test_once_three_seconds_are_over_nothing_is_repeated() -> None:
+    """On a machine so slow that one operation takes all of them: a start, a before and an after for each."""
+    clock = Clock(3.0)
+    rates = measure(CPU, clock)
+    measured = len(rates.matmul) + 2 * len(rates.attention) + 5  # chain, NF4, an operation, two of fresh blocks
+    assert clock.readings == 1 + 3 * measured
 
 
 def test_what_was_measured_is_found_again(kept: tuple[Path, Device, Rates], cache: Path) -> None:

@@ -161,6 +161,19 @@ def test_of_a_hub_id_only_what_a_plan_reads_is_fetched(hub: Hub, tmp_path: Path)
     assert {line.rpartition("/")[2] for line in fetched} == found
     again = locate("maker/good", tmp_path, hub.port, "locate_config", HF_HUB_OFFLINE="1")
     assert Path(again["folder"]) == folder
+    no_weights = locate("maker/good", tmp_path, hub.port, HF_HUB_OFFLINE="1")
+    assert (
+        "has only a part of the model maker/good (a plan fetches no weights), and HF_HUB_OFFLINE is set"
+        in no_weights["message"]
+    )
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("127.0.0.1", 0))
+        no_weights = locate("maker/good", tmp_path, free.getsockname()[1])
+    assert (
+        "has only a part of the model maker/good (a plan fetches no weights), and the hub cannot be reached"
+        in no_weights["message"]
+    )
+    assert "Connect once" in no_weights["remedy"]
     whole = locate("maker/good", tmp_path, hub.port)
     assert (Path(whole["folder"]) / "model.safetensors").is_file(), "training fetches the rest"
 

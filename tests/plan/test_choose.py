@@ -257,9 +257,40 @@ def test_an_optimizer_that_the_device_lacks_is_refused_when_planning(device: Dev
     assert no.value.remedy == f"set train.optimizer to one of: {', '.join(has[device.kind])}"
 
 
+OLD_FP32 = {"precision": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("device", "train", "able"),
+    [
+        (T4, {"attention": "flash"}, "efficient, math"),
+        (H100, {"attention": "flash", **OLD_FP32}, "efficient, math"),
+        (MPS, {"attention": "flash"}, "math"),
+        (MPS, {"attention": "efficient"}, "math"),
+    ],
+)
+def test_attention_that_the_device_lacks_is_refused(device: Device, train: dict[str, object], able: str) -> None:
+    with pytest.raises(UsageError, match=rf"train\.attention: \w+ is not there on {device.name}") as no:
+        choose(recipe(train=train), device, SPRIG, FACTS)
+    assert no.value.exit_code == 2
+    assert no.value.remedy == f"set train.attention to one of: auto, {able}"
+    for name in able.split(", "):
+        assert choose(recipe(train={**train, "attention": name}), device, SPRIG, FACTS).settings.attention == name
+
+
+def test_prompts_that_count_reach_the_head() -> None:
+    assert choose(recipe(), CPU, SPRIG, FACTS).work.labelled == 16_001 / (803 * 71)
+    assert choose(recipe(prompt_loss_weight=0.1), CPU, SPRIG, FACTS).work.labelled == 1.0
+
+
+def test_one_core_is_one() -> None:
+    assert " 1 core, " in choose(recipe(), replace(CPU, cores=1), SPRIG, FACTS).decision("hardware").reason
+
+
 def test_nf4_is_neither_taken_nor_advised_where_it_does_not_run() -> None:
-    with pytest.raises(UsageError, match=r"quantize: nf4 needs cpu or cuda, and this run is on mps"):
+    with pytest.raises(UsageError, match=r"quantize: nf4 needs cpu or cuda, and this run is on mps") as no:
         choose(recipe(quantize="nf4"), MPS, SPRIG, FACTS)
+    assert "a machine with cpu or cuda, also to evaluate or resume a run" in str(no.value.remedy)
     tight = replace(MPS, memory_gib=19.0)  # 15 GiB of weights
     plan = choose(recipe(), tight, LLAMA_8B, FACTS)
     assert plan.settings.quantize == "none"

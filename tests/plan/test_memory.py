@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from hypothesis import strategies as st
 
 from luthier.data.batches import Batch, pack
 from luthier.data.conversation import Example
+from luthier.evaluate.loss import held_out_loss
 from luthier.hardware.device import DeviceKind
+from luthier.kernels import kernels_with
+from luthier.kernels.attention import only_math
 from luthier.kernels.loss import CHUNK_LOGITS as LOSS_CHUNK
-from luthier.model.config import PROJECTIONS, ModelConfig, parameters
+from luthier.model.config import PROJECTIONS, ModelConfig
 from luthier.model.decoder import Decoder
 from luthier.model.load import load_decoder
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
-from luthier.plan import activations
+from luthier.plan import activations, sizes
 from luthier.plan.memory import predict_memory, weight_bytes
 from luthier.plan.work import Work
 from luthier.train.optimizer import make_optimizer
@@ -69,6 +73,9 @@ CASES: dict[str, dict[str, object]] = {
     "equal documents": {"lengths": (40, 40, 40)},
     "dropout": {"dropout": 0.1},
     "rank 3": {"rank": 3},
+    "efficient": {"attention": "efficient"},
+    "math": {"attention": "math"},
+    "math in fp32": {"attention": "math", "precision": "fp32", "lengths": (60, 60)},
 }
 
 
@@ -93,7 +100,9 @@ def test_a_layer_keeps_what_the_formula_says(case: str, family: str, tmp_path: P
     total, longest = sum(lengths), max(lengths)
     planned = work(decoder.config, tokens=total, longest=longest, documents=len(lengths), **asked)
     predicted = decoder.config.layers * activations.kept_bytes(planned)
-    measured = kept(decoder, batch_of(lengths, decoder.config.vocab_size))
+    decoder.use(kernels_with(planned.attention))
+    with only_math(planned.attention):
+        measured = kept(decoder, batch_of(lengths, decoder.config.vocab_size))
     assert predicted == pytest.approx(measured, rel=0.02), f"{predicted / measured:.3f} of what is kept"
 
 
@@ -135,13 +144,11 @@ def test_weights_are_what_is_loaded(tiny_llama: Path, quantize: str) -> None:
 
 
 def test_the_chunk_of_logits_is_the_loss_s_own() -> None:
-    assert activations.CHUNK_LOGITS == LOSS_CHUNK
+    assert sizes.CHUNK_LOGITS == LOSS_CHUNK
 
 
-def test_weights_of_8b() -> None:
-    """bf16: two bytes a parameter; NF4: about 5.5 GB (embedding and head stay in 16 bits)."""
-    assert weight_bytes(work()) == 2 * parameters(LLAMA_8B)
-    assert weight_bytes(work(quantize="nf4")) / 1e9 == pytest.approx(5.5, rel=0.05)
+def test_the_group_of_held_out_rows_is_the_evaluation_s_own() -> None:
+    assert inspect.signature(held_out_loss).parameters["tokens_per_batch"].default == sizes.EVALUATION_TOKENS
 
 
 _works = st.builds(

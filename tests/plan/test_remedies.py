@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,10 +15,11 @@ from luthier.model.config import ModelConfig
 from luthier.plan.choose import DataFacts, choose
 from luthier.plan.remedies import remedies
 from luthier.plan.rows import Lengths
-from luthier.plan.search import MARGIN, Pinned, leanest, search
-from luthier.plan.show import amount
+from luthier.plan.search import MARGIN, Pinned, Task, leanest, search
+from luthier.plan.show import amount, duration
+from luthier.recipe.load import recipe_from_mapping
 from luthier.recipe.schema import Recipe
-from tests.plan.test_choose import A10G, FACTS, H100, LLAMA_8B, LLAMA_70B, LONG, MPS, T4, recipe
+from tests.plan.test_choose import A10G, CPU_BF16, FACTS, H100, LLAMA_8B, LLAMA_70B, LONG, MPS, T4, facts_of, recipe
 from tests.plan.test_search import PROJECTIONS, TASK
 
 
@@ -27,6 +29,10 @@ def refused(asked: Recipe, device: Device, config: ModelConfig, facts: DataFacts
     assert caught.value.exit_code == 4
     assert caught.value.remedy
     return caught.value
+
+
+def cut(task: Task) -> Callable[[int], Task]:
+    return lambda tokens: replace(task, max_length=tokens)
 
 
 def test_70b_on_one_24_gb_card_is_refused_with_what_would_fit() -> None:
@@ -60,7 +66,7 @@ def test_what_the_user_pinned_is_named_first(asked: dict[str, object], change: s
 def test_eight_bit_state_where_exact_was_asked_for() -> None:
     task = replace(TASK, rank=256, pinned=Pinned(quantize="nf4", optimizer="adamw"))
     device = replace(A10G, memory_gib=(leanest(task, A10G).memory.peak.gib - 1) / (1 - MARGIN))
-    changes = [one.change for one in remedies(recipe(), task, device, MARGIN)]
+    changes = [one.change for one in remedies(recipe(), task, device, MARGIN, cut(task))]
     assert changes[0] == "train.optimizer: adamw-8bit"
 
 
@@ -71,10 +77,22 @@ def test_two_pins_that_only_fit_together() -> None:
     assert re.search(r"train.checkpointing: auto with .*quantize: nf4 \(needs", str(error.remedy))
 
 
+def test_a_shorter_length_is_planned_as_a_recipe_with_it_would_be() -> None:
+    """Its own labelled share, tokens a step, and packs."""
+    values, device = REFUSED["long rows"]
+    long = facts_of(1000, 10, 16384, 2_000_000)
+    remedy = str(refused(recipe(**values), device, LLAMA_8B, long).remedy)
+    match = re.search(r"train.max_length: (\d+) \(.*, (\S+ \w+) a step\)", remedy)
+    assert match is not None
+    train = {"optimizer": "adamw-8bit", **LEAN, "max_length": int(match[1])}
+    plan = choose(recipe(quantize="nf4", train=train), device, LLAMA_8B, long)
+    assert duration(plan.time.step_seconds) == match[2]
+
+
 def test_shorter_rows_and_a_smaller_rank_are_computed() -> None:
     task = replace(TASK, rank=64, max_length=16384, lengths=Lengths(((16384, 100),)), pinned=Pinned(micro_batch=1))
     device = replace(A10G, memory_gib=9.5)
-    found = remedies(recipe(), task, device, MARGIN)
+    found = remedies(recipe(), task, device, MARGIN, cut(task))
     shorter = next(one for one in found if one.change.startswith("train.max_length"))
     match = re.match(r"train.max_length: (\d+) \(100 of 100 rows are longer; needs", str(shorter))
     assert match is not None
@@ -83,26 +101,95 @@ def test_shorter_rows_and_a_smaller_rank_are_computed() -> None:
     assert search(replace(task, max_length=most + 64), device) is None
 
 
-def test_every_remedy_fits() -> None:
-    for memory in (4.0, 6.0, 8.0, 12.0):
-        for pinned in (Pinned(), Pinned(quantize="none"), Pinned("none", "adamw", 8, 0)):
-            task, device = replace(TASK, pinned=pinned), replace(A10G, memory_gib=memory)
-            if search(task, device) is not None:
-                continue
-            for one in remedies(recipe(), task, device, MARGIN):
-                at = re.search(r"--hardware ([\w.-]+)", one.change)
-                room = (known(at[1]) if at else device).usable_gib * (1 - MARGIN)
-                assert one.found.memory.peak.gib <= room
-                assert f"needs {amount(one.found.memory.peak.bytes)}" in str(one)
+def changed(asked: Recipe, device: Device, change: str) -> tuple[Recipe, Device]:
+    """The recipe and the machine with a change made, as it is printed."""
+    if match := re.match(r"free ([\d.]+) GiB of ", change):
+        return asked, replace(device, free_gib=device.usable_gib + float(match[1]))
+    if match := re.search(r", such as ([\w.-]+)$", change):
+        return asked, known(match[1])
+    pairs = [one.split(": ") for one in change.split(" with ")]
+    assert all(len(pair) == 2 for pair in pairs), change
+    document = asked.model_dump(exclude_unset=True)
+    for path, value in pairs:
+        *folders, name = path.split(".")
+        place = document
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = int(value) if value.isdecimal() else value
+    return recipe_from_mapping(document), device
+
+
+LEAN = {"checkpointing": True, "micro_batch": 1}
+REFUSED: dict[str, tuple[dict[str, object], Device]] = {
+    "nothing pinned": ({}, replace(A10G, memory_gib=6.0)),
+    "16 bits": ({"quantize": "none"}, replace(A10G, memory_gib=12.0)),
+    "exact state": ({"adapter": {"rank": 256}, "train": {"optimizer": "adamw"}}, replace(A10G, memory_gib=11.0)),
+    "two pins": (
+        {"quantize": "none", "train": {"checkpointing": False, "micro_batch": 8}},
+        replace(T4, memory_gib=9.0),
+    ),
+    "old attention": ({"quantize": "nf4", "train": {"attention": "math", "checkpointing": False}}, A10G),
+    "fp32": ({"quantize": "none", "train": {"precision": "fp32"}}, A10G),
+    "held": ({"quantize": "nf4"}, replace(A10G, free_gib=5.0)),
+    "held memory": ({"quantize": "none", "train": LEAN}, replace(CPU_BF16, free_gib=5.0)),
+    "long rows": ({"quantize": "nf4", "train": {"optimizer": "adamw-8bit", **LEAN}}, replace(A10G, memory_gib=9.0)),
+    "wide": ({"adapter": {"rank": 512}, "train": {"optimizer": "adamw-8bit"}}, replace(A10G, memory_gib=9.0)),
+    "disk too": ({"quantize": "none"}, replace(A10G, memory_gib=12.0, disk_gib=0.1)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_every_remedy_fits_when_it_is_done(case: str) -> None:
+    """The change, as printed, in the recipe or on the machine: then there is a plan, of the memory that was said."""
+    values, device = REFUSED[case]
+    facts = facts_of(1000, 10, 16384, 2_000_000) if case == "long rows" else LONG
+    asked = recipe_from_mapping({"model": "sprig", "data": "pirate", **values})
+    remedy = str(refused(asked, device, LLAMA_8B, facts).remedy)
+    listed = re.findall(r"^    (.+?) \((.*)needs ([\d.]+ \w+), ", remedy, re.MULTILINE)
+    assert listed
+    if disk := re.search(r"for the disk: free ([\d.]+) GiB", remedy):
+        assert device.disk_gib is not None
+        device = replace(device, disk_gib=device.disk_gib + float(disk[1]))
+    for change, _, needs in listed:
+        plan = choose(*changed(asked, device, change), LLAMA_8B, facts)
+        if not change.startswith("free "):  # which leaves room for a little more, rounded up as it is
+            assert amount(plan.memory.peak.bytes) == needs
+        assert plan.memory.peak.gib <= plan.device.usable_gib * (1 - MARGIN)
+
+
+def test_what_the_disk_lacks_is_said_beside_the_rest() -> None:
+    error = refused(recipe(quantize="none"), REFUSED["disk too"][1], LLAMA_8B)
+    assert "the disk is too small" in error.message
+    assert "quantize: nf4 (" in str(error.remedy)
+    assert "\n  and for the disk: free " in str(error.remedy)
+
+
+def test_math_is_among_what_may_be_left_open() -> None:
+    values, device = REFUSED["old attention"]
+    assert "train.attention: auto" in str(refused(recipe(**values), device, LLAMA_8B).remedy)
+
+
+def test_rows_are_not_cut_where_long_ones_are_errors() -> None:
+    asked = {"quantize": "nf4", "train": {"optimizer": "adamw-8bit", **LEAN}}
+    device, long = replace(A10G, memory_gib=9.0), facts_of(1000, 10, 16384, 2_000_000)
+    assert "train.max_length: " in str(refused(recipe(**asked), device, LLAMA_8B, long).remedy)
+    assert "train.max_length" not in str(refused(recipe(**asked, long_rows="error"), device, LLAMA_8B, long).remedy)
+
+
+def test_memory_of_a_cpu_is_called_memory() -> None:
+    values, device = REFUSED["held memory"]
+    error = refused(recipe(**values), device, LLAMA_8B)
+    assert "Other programs hold 59 of its 64 GiB" in error.message
+    assert re.search(r"free [\d.]+ GiB of memory \(other programs hold it; ", str(error.remedy))
 
 
 def test_memory_that_others_hold_is_to_be_freed_first() -> None:
     error = refused(recipe(quantize="none"), replace(H100, free_gib=10.0), LLAMA_8B)
-    assert "Another process holds 69.6 of its 79.6 GiB" in error.message
+    assert "Other programs hold 69.6 of its 79.6 GiB" in error.message
     first = str(error.remedy).splitlines()[1].strip()
-    match = re.match(r"free ([\d.]+) GiB of H100 \(other processes hold it; needs", first)
+    match = re.match(r"free ([\d.]+) GiB of H100 \(other programs hold it; needs", first)
     assert match is not None
-    assert choose(recipe(quantize="none"), replace(H100, free_gib=10.1 + float(match[1])), LLAMA_8B, LONG)
+    assert choose(recipe(quantize="none"), replace(H100, free_gib=10.0 + float(match[1])), LLAMA_8B, LONG)
     assert "free " not in str(refused(recipe(quantize="none"), replace(H100, free_gib=10.0), LLAMA_70B).remedy)
 
 
@@ -145,6 +232,9 @@ def test_settings_that_people_use_fit(name: str, config: ModelConfig, asked: dic
     plan = choose(recipe(**asked), known(name), config, LONG)
     if name == "t4":
         assert (plan.settings.precision, plan.settings.micro_batch, plan.work.tokens) == ("fp16", 2, 4096)
+    if "rank" in dict(recipe(**asked).adapter.model_dump(exclude_unset=True)):
+        assert (plan.settings.rank, plan.settings.quantize, plan.devices) == (64, "none", 4)
+        assert plan.work.sharding == plan.decision("sharding").value == "fsdp"
     if name == "m4-max-64g":
         assert (plan.settings.quantize, plan.settings.device) == ("none", "mps")
     if config is LLAMA_70B:

@@ -114,7 +114,7 @@ def test_free_memory_counts_and_not_the_total() -> None:
     plan = choose(recipe(), half, LLAMA_8B, LONG)
     assert plan.settings.quantize == "nf4"
     for setting in ("quantize", "hardware"):
-        assert "Another process holds 63.6 of its 79.6 GiB" in plan.decision(setting).reason
+        assert "Other programs hold 63.6 of its 79.6 GiB" in plan.decision(setting).reason
 
 
 def test_paged_state_only_if_asked() -> None:
@@ -132,6 +132,18 @@ def test_several_devices_of_the_catalogue_share_the_work() -> None:
     decision = plan.decision("sharding")
     assert decision.value == plan.work.sharding
     assert "this version trains on one" in decision.reason
+    assert "idle" not in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "said"),
+    [(2, 1, "2 of 4 devices stand idle all the time"), (6, 1, "2 of 4 devices stand idle in the last of a step's")],
+)
+def test_devices_that_stand_idle_are_said(batch: int, micro: int, said: str) -> None:
+    four = replace(H100, count=4, known_as="4xh100", link=4.5e11)
+    plan = choose(recipe(train={"batch_size": batch, "micro_batch": micro}), four, LLAMA_8B, LONG)
+    assert said in plan.decision("sharding").reason
+    assert plan.work.batch_tokens == plan.work.step_tokens / batch * micro
 
 
 def test_of_this_machine_one_device_is_used() -> None:

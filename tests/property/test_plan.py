@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.errors import FitError
+from luthier.errors import FitError, UsageError
 from luthier.hardware.device import Device
 from luthier.model.config import PROJECTIONS, ModelConfig
 from luthier.plan.choose import DataFacts, Epoch, Lengths, choose
@@ -110,11 +111,16 @@ def test_the_disk_the_host_and_free_memory_are_kept_to(data: st.DataObject) -> N
     device = data.draw(devices())
     task = data.draw(tasks(device))
     free = replace(
-        device, free_gib=device.memory_gib * data.draw(st.floats(0.1, 1)), disk_gib=data.draw(st.floats(0, 9))
+        device,
+        free_gib=device.memory_gib * data.draw(st.floats(0.1, 1)),
+        host_gib=data.draw(st.floats(1, 60)),
+        disk_gib=data.draw(st.floats(0, 9)),
     )
     found = search(task, free)
     if found is not None:
         assert free.disk_gib is not None
+        assert free.host_gib is not None
+        assert found.memory.host.gib <= (free.usable_gib if free.kind == "cpu" else free.host_gib)
         assert found.memory.peak.gib <= free.usable_gib * 0.92
         assert found.memory.disk.gib <= free.disk_gib
 
@@ -122,7 +128,12 @@ def test_the_disk_the_host_and_free_memory_are_kept_to(data: st.DataObject) -> N
 BATCHES = {"8/1": (8, 1), "8/8": (8, 8), "12/3": (12, 3), "1/1": (1, 1)}
 YOURS: dict[str, st.SearchStrategy[object]] = {
     "quantize": st.sampled_from(["none", "nf4"]),
-    "optimizer": st.sampled_from(["adamw", "adamw-8bit"]),
+    "optimizer": st.sampled_from(["adamw", "adamw-8bit", "paged-adamw-8bit"]),
+    "attention": st.sampled_from(["flash", "efficient", "math"]),
+    "learning_rate": st.sampled_from([1e-5, 3e-4, 0.02]),
+    "epochs": st.sampled_from([0.5, 1.0, 4.0]),
+    "alpha": st.sampled_from([1.0, 7.5, 64.0]),
+    "targets": st.sampled_from([PROJECTIONS, PROJECTIONS[:4], ("v_proj", "down_proj")]),
     "checkpointing": st.booleans() | st.integers(0, 80),
     "batch_and_micro": st.sampled_from(["8/1", "8/8", "12/3", "1/1"]),
     "precision": st.sampled_from(["bf16", "fp16", "fp32"]),
@@ -138,15 +149,19 @@ def test_your_values_are_never_changed(data: st.DataObject, names: set[str]) -> 
     device = data.draw(devices().filter(lambda one: one.kind != "mps"))
     config = data.draw(configs())
     yours = {name: data.draw(YOURS[name]) for name in sorted(names)}
-    train = {name: value for name, value in yours.items() if name not in ("quantize", "rank", "batch_and_micro")}
+    adapter = {name: value for name, value in yours.items() if name in ("rank", "alpha", "targets")}
+    apart = {*adapter, "quantize", "batch_and_micro"}
+    train = {name: value for name, value in yours.items() if name not in apart}
+    if "epochs" not in train:
+        train["steps"] = 60
     if "batch_and_micro" in yours:
         train |= dict(zip(("batch_size", "micro_batch"), BATCHES[str(yours["batch_and_micro"])], strict=True))
     recipe = recipe_from_mapping(
         {
             "model": "sprig",
             "data": "pirate",
-            "train": {**train, "steps": 60},
-            "adapter": {name: value for name, value in yours.items() if name == "rank"},
+            "train": train,
+            "adapter": {name: list(value) if isinstance(value, tuple) else value for name, value in adapter.items()},
             **{name: value for name, value in yours.items() if name == "quantize"},
         }
     )
@@ -155,8 +170,21 @@ def test_your_values_are_never_changed(data: st.DataObject, names: set[str]) -> 
         plan = choose(recipe, device, config, facts)
     except FitError:
         return  # refused rather than changed
+    except UsageError:  # likewise, where the device has no such thing
+        assert lacks(device, yours)
+        return
+    assert not lacks(device, yours)
     for name, value in yours.items():
         assert_stands(plan, name, value, config.layers)
+
+
+def lacks(device: Device, yours: dict[str, object]) -> bool:
+    """Whether something was asked for that there is on other devices only. Without a precision set, an accelerator has
+    16 bits."""
+    paged = yours.get("optimizer") == "paged-adamw-8bit" and device.kind != "cuda"
+    old = device.capability is not None and device.capability < (8, 0)
+    no_flash = device.kind == "cuda" and (old or yours.get("precision") == "fp32")
+    return paged or (yours.get("attention") == "flash" and no_flash)
 
 
 def assert_stands(plan: Plan, name: str, value: object, layers: int) -> None:
@@ -167,5 +195,8 @@ def assert_stands(plan: Plan, name: str, value: object, layers: int) -> None:
         assert isinstance(value, int)
         assert got.checkpointing == (min(value, layers) if not isinstance(value, bool) else layers * value)
         assert plan.decision("train.checkpointing").value == value
+    elif name == "epochs":
+        assert plan.decision("train.epochs").value == value
+        assert got.steps == math.ceil(float(str(value)) * 500 / got.batch_size)
     else:
         assert getattr(got, name) == value

@@ -61,7 +61,8 @@ def _start(recipe: Path, out: Path | None, sets: list[str] | None, resume: bool)
     loaded = _load(recipe, sets)
     directory = RunDirectory(Path("runs") / recipe.stem if out is None else out)
     stages.check_free(directory, loaded, resume=resume)  # before the data is read: it takes a while
-    return preparing.prepare(loaded, pins=pins_of(directory, resume=True) if resume else None), directory
+    pins = pins_of(directory, resume=True) if resume else None
+    return preparing.prepare(loaded, pins=pins, folder=directory.path), directory
 
 
 def _exported(document: dict[str, object], as_json: bool) -> None:
@@ -212,7 +213,8 @@ def evaluate(run: RunFolder, as_json: Json = False) -> None:
     from luthier.cli.pins import pins_of
 
     directory, recipe = stages.reopen(run)
-    document = stages.evaluate(preparing.prepare(recipe, pins=pins_of(directory, resume=False)), directory)
+    prepared = preparing.prepare(recipe, pins=pins_of(directory, resume=False), folder=directory.path)
+    document = stages.evaluate(prepared, directory)
     if as_json:
         console.print_json(document)
     else:

@@ -27,7 +27,8 @@ def run(out: Path | None, resume: bool, as_json: bool) -> None:
     )
     recipe = load_recipe(preset_file(PRESET))
     stages.check_free(directory, recipe, resume=resume)
-    prepared = preparing.prepare(recipe, pins=pins_of(directory, resume=True) if resume else None)
+    pins = pins_of(directory, resume=True) if resume else None
+    prepared = preparing.prepare(recipe, pins=pins, folder=directory.path)
     document = stages.run_all(prepared, directory, resume=resume)
     if as_json:
         console.print_json(document)

@@ -42,9 +42,10 @@ def load_base(folder: Path, precision: str, device: str, quantize: Literal["none
     import torch
 
     from luthier.model.load import load_decoder
-    from luthier.train.memory import out_of_memory
+    from luthier.train.memory import out_of_memory, reset_peaks
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    reset_peaks(torch.device(device))  # what was done before (reading rows, measuring speed) is not the loading's peak
     try:
         return load_decoder(folder, dtype=dtype, device=device, quantize=quantize)
     except (RuntimeError, MemoryError) as error:

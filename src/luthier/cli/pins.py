@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from luthier.errors import UsageError
 from luthier.plan.proof import MEASURED
 from luthier.plan.settings import Settings
-from luthier.runs import RunDirectory
+from luthier.plan.support import QUANTIZE_DEVICES
+from luthier.runs import RunDirectory, recover_folder
 
 if TYPE_CHECKING:
     from luthier.plan.decision import Decision
@@ -40,12 +41,11 @@ _TRAIN = (
 
 @dataclass(frozen=True)
 class Pins:
-    """The settings of a run that has begun. `memory_gib`: of the device that it began on; `reasons`: what plan.json
-    says of each decision; `resume`: whether it is to be gone on with, not only looked at."""
+    """The settings of a run that has begun. `reasons`: what plan.json says of each decision; `resume`: whether it is to
+    be gone on with, not only looked at."""
 
     run: Path
     settings: Settings
-    memory_gib: float
     reasons: Mapping[str, tuple[str, str]]
     resume: bool
 
@@ -58,17 +58,11 @@ class _Reason:
 
 
 @dataclass(frozen=True)
-class _Device:
-    memory_gib: float
-
-
-@dataclass(frozen=True)
 class _Stored:
     """What is taken of plan.json."""
 
     settings: Settings
     decisions: tuple[_Reason, ...]
-    device: _Device
 
 
 def pins_of(run: RunDirectory, *, resume: bool) -> Pins | None:
@@ -77,7 +71,7 @@ def pins_of(run: RunDirectory, *, resume: bool) -> Pins | None:
     Raises:
         UsageError: its plan.json cannot be read.
     """
-    if not run.plan.is_file() or not (run.adapter.is_dir() or (run.checkpoints / "last").is_dir()):
+    if not run.plan.is_file() or not (run.adapter.is_dir() or recover_folder(run.checkpoints / "last")):
         return None
     try:
         stored = TypeAdapter(_Stored).validate_json(run.plan.read_bytes())
@@ -89,7 +83,7 @@ def pins_of(run: RunDirectory, *, resume: bool) -> Pins | None:
             "train again, into another directory (--out)",
         ) from error
     reasons = {one.setting: (one.reason, one.source) for one in stored.decisions}
-    return Pins(run.path, stored.settings, stored.device.memory_gib, reasons, resume)
+    return Pins(run.path, stored.settings, reasons, resume)
 
 
 def pinned(recipe: Recipe, pins: Pins, kind: str) -> tuple[Recipe, frozenset[str]]:
@@ -120,17 +114,27 @@ def pinned(recipe: Recipe, pins: Pins, kind: str) -> tuple[Recipe, frozenset[str
             f"resume it on a machine with {settings.device}, or train anew in another directory (--out)",
         )
     moved = settings.device != kind
+    able = QUANTIZE_DEVICES[settings.quantize]
+    if kind not in able:
+        raise UsageError(
+            f"the base of the run in {pins.run} is held in {settings.quantize}, which this machine's {kind} cannot do",
+            f"evaluate it on a machine with {' or '.join(able)}",
+        )
+    # To be evaluated it need not have what only training needs, nor a backend that this device may lack.
+    freed: tuple[str, ...] = ("optimizer", "attention") if moved else ("attention",)
+    if pins.resume or (settings.attention != "flash" and not moved):
+        freed = ()
     names = [
         name
         for name in _TRAIN
         if (getattr(train, name) == "auto" or name in proved) and not (moved and name in _OF_THE_DEVICE)
     ]
-    values: dict[str, object] = {name: getattr(settings, name) for name in names}
+    values: dict[str, object] = {name: getattr(settings, name) for name in names if name not in freed}
     if train.epochs == "auto" and train.steps is None:
         values["steps"] = settings.steps
     of_adapter = {name: getattr(settings, name) for name in _ADAPTER if getattr(adapter, name) == "auto"}
     changed: dict[str, object] = {
-        "train": train.model_copy(update=values),
+        "train": train.model_copy(update=values | dict.fromkeys(freed, "auto")),
         "adapter": adapter.model_copy(update=of_adapter),
     }
     if recipe.quantize == "auto":
@@ -142,11 +146,12 @@ def pinned(recipe: Recipe, pins: Pins, kind: str) -> tuple[Recipe, frozenset[str
 
 def _is_another(recipe: Recipe, settings: Settings, proved: frozenset[str]) -> bool:
     """Whether the recipe sets something that the run has otherwise, but for what the proof took back."""
-    said = [(getattr(recipe.train, name), getattr(settings, name)) for name in _TRAIN if name not in proved]
+    # What a recipe says of `checkpointing` (true, more layers than there are) stands for a number that the model knows.
+    names = [name for name in _TRAIN if name not in proved and name != "checkpointing"]
+    said = [(getattr(recipe.train, name), getattr(settings, name)) for name in names]
     said += [(getattr(recipe.adapter, name), getattr(settings, name)) for name in _ADAPTER]
     said += [(recipe.quantize, settings.quantize), (recipe.train.steps or "auto", settings.steps)]
-    # `checkpointing: true` stands for a number of layers that the model knows.
-    return any(now not in ("auto", then) and now is not True and now is not False for now, then in said)
+    return any(now not in ("auto", then) for now, then in said)
 
 
 def as_begun(plan: Plan, pins: Pins, held: frozenset[str]) -> Plan:

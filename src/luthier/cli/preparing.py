@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from luthier.hardware.device import Device
     from luthier.model.config import ModelConfig
     from luthier.plan.choose import DataFacts, Epoch
+    from luthier.plan.decision import Decision
     from luthier.plan.plan import Plan
     from luthier.recipe.schema import Recipe
 
@@ -27,6 +28,9 @@ __all__ = ["THIS", "Prepared", "device_for", "prepare"]
 
 THIS = "this"
 """The name of the machine at hand, in a recipe's `hardware` and on the command line."""
+
+_ROOMY = 2.0**20
+"""GiB, more than any plan needs, and a number that no other text has."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def prepare(
     hardware: str | None = None,
     pins: Pins | None = None,
     margin: float | None = None,
+    folder: Path | None = None,
 ) -> Prepared:
     """Find the model, read and tokenise the data, and decide what the recipe leaves open.
 
@@ -62,6 +67,7 @@ def prepare(
         hardware: the machine to plan for; None: what the recipe says.
         pins: what a run that has begun is to be gone on with.
         margin: the share of usable memory that stays free; None: the plan's own.
+        folder: where the run goes, whose disk counts; None: the current folder.
 
     Raises:
         UsageError: weights are needed and the plan is for another machine; and what each stage raises.
@@ -76,7 +82,7 @@ def prepare(
     if weights and recipe.hardware != THIS:
         message = f"the recipe plans for {recipe.hardware}; this machine trains for itself"
         raise UsageError(message, "--set hardware=this; luthier plan answers for other machines")
-    device = device_for(recipe, hardware)
+    device = device_for(recipe, hardware, folder)
     asked, held = (recipe, frozenset[str]()) if pins is None else pinned(recipe, pins, device.kind)
     base = locate_model(recipe.model) if weights else locate_config(recipe.model)
     config = read_config(base)
@@ -84,6 +90,8 @@ def prepare(
     with console.counting("reading the data") as advance:
         dataset = prepare_data(recipe, tokenizer, progress=advance, waiting=say_waiting)
     dataset = _noted(dataset, (*notes, *_weights_notes(base, dataset.template)))
+    if weights and pins is None and device.rates is None:
+        device = _measured(device)
     plan = _chosen(asked, device, config, dataset, pins, margin)
     check_tasks(dataset, recipe.evaluate)
     if pins is not None:
@@ -91,8 +99,10 @@ def prepare(
     return Prepared(recipe, base, config, limit_length(dataset, plan.settings.max_length), plan)
 
 
-def device_for(recipe: Recipe, hardware: str | None = None) -> Device:
+def device_for(recipe: Recipe, hardware: str | None = None, folder: Path | None = None) -> Device:
     """The machine to plan for: `hardware`, else the recipe's; `this` is the one at hand, others are the catalogue's.
+
+    folder: of the machine at hand, where the run goes to, whose disk counts; None: the current one.
 
     Raises:
         UsageError: the catalogue has none of that name.
@@ -101,10 +111,18 @@ def device_for(recipe: Recipe, hardware: str | None = None) -> Device:
     if name == THIS:
         from luthier.hardware.probe import this_device
 
-        return this_device()
+        return this_device(folder=folder)
     from luthier.hardware.catalogue import known
 
     return known(name)
+
+
+def _measured(device: Device) -> Device:
+    """This machine with its speed measured, and kept for the plans to come."""
+    from luthier.hardware.calibrate import calibrate
+
+    with console.waiting("measuring this machine's speed, once (three seconds)"):
+        return replace(device, rates=calibrate(device))
 
 
 def _tokenizer(base: Path, model: str, *, stand_in: bool) -> tuple[ChatTokenizer, tuple[str, ...]]:
@@ -147,8 +165,8 @@ def _noted(dataset: Dataset, notes: tuple[str, ...]) -> Dataset:
 def _chosen(
     recipe: Recipe, device: Device, config: ModelConfig, dataset: Dataset, pins: Pins | None, margin: float | None
 ) -> Plan:
-    """The plan. What a run began with is not refused because others hold more of the memory today: it is tried, and
-    the user told."""
+    """The plan. What a run began with is not refused because there is less memory or disk today, here or on another
+    machine: it is tried, and the user told."""
     from luthier.plan.choose import choose
     from luthier.plan.search import MARGIN
 
@@ -158,10 +176,27 @@ def _chosen(
     except FitError as error:
         if pins is None:
             raise
-        roomy = replace(device, free_gib=None, memory_gib=max(device.memory_gib, pins.memory_gib))
+        roomy = replace(device, free_gib=None, memory_gib=_ROOMY, host_gib=None, disk_gib=None)
         plan = choose(recipe, roomy, config, facts, margin=0.0)
-        console.say(f"[bold]careful:[/] {escape(error.message)}. This run began with these settings, so they are kept.")
-        return replace(plan, device=device)
+        needed = max(phase.gib for phase in plan.memory.phases if phase.name != "train")
+        if pins.resume:
+            said = f"{error.message}. This run began with these settings, so they are kept."
+            console.say(f"[bold]careful:[/] {escape(said)}")
+        elif needed > device.usable_gib:
+            said = f"evaluating needs {needed:.3g} GiB, and {device.name} has {device.usable_gib:.3g} GiB for it"
+            console.say(f"[bold]careful:[/] {escape(said)}. It is tried.")
+        told = tuple(_of_this_machine(one, roomy, device) for one in plan.decisions)
+        return replace(plan, device=device, decisions=told)
+
+
+def _of_this_machine(one: Decision[object], roomy: Device, device: Device) -> Decision[object]:
+    """A decision that was taken for `roomy`, with the memory of `device` in its reason."""
+    from luthier.plan.fitting import held_by_others, room
+
+    memory, held = room(device, 0.0), ""
+    if one.setting == "hardware":
+        memory, held = f"{device.memory_gib:.3g} GiB", held_by_others(device)
+    return replace(one, reason=one.reason.replace(room(roomy, 0.0), memory) + held)
 
 
 def _facts(dataset: Dataset) -> DataFacts:

@@ -170,6 +170,7 @@ def evaluate(prepared: Prepared, run: RunDirectory, decoder: Decoder | None = No
     Raises DataError where the rows are no longer those of the run: what is held out now may have been trained on.
     """
     from luthier.evaluate.compare import as_document, compare
+    from luthier.train.attention import attention_of
 
     trained = cast("dict[str, object]", read_json(run.data))
     if trained["digest"] != prepared.digest:
@@ -178,7 +179,8 @@ def evaluate(prepared: Prepared, run: RunDirectory, decoder: Decoder | None = No
             "put the rows back as they were, or train again on the new ones",
         )
     decoder = load_tuned(prepared, run) if decoder is None else decoder
-    with console.counting("asking base and tuned the same held-out questions") as advance:
+    asking = console.counting("asking base and tuned the same held-out questions")
+    with attention_of(decoder, prepared.plan.settings.attention), asking as advance:
         comparison = compare(decoder, prepared.dataset, prepared.recipe.evaluate, progress=advance)
     document = as_document(comparison)
     write_json(run.evaluation, document)

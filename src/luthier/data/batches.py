@@ -84,6 +84,31 @@ class Batch:
         weights_T = None if self.weights_T is None else self.weights_T.to(device)
         return Batch(self.ids_T.to(device), self.labels_T.to(device), self.lengths, self.rows, weights_T)
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The batch as it is computed on `device` in `dtype`: on a CPU in 16 bits rounded up, elsewhere as it is.
+
+        oneDNN, which computes 16-bit products on a CPU, builds and keeps a kernel for each new shape: with lengths as
+        they come, the process grows by a gigabyte in a few dozen steps and waits for the compiler in each.
+        """
+        return self.rounded() if device.type == "cpu" and dtype.itemsize == 2 else self.to(device)
+
+    def rounded(self, document: int = 16, total: int = 64) -> Batch:
+        """Each document filled up to a multiple of `document` tokens, then a document of filling up to one of `total`.
+
+        What is filled in has no label, and comes after every token that has: no loss or gradient changes.
+        """
+        ends = np.cumsum(self.lengths)
+        filled = [-(-length // document) * document for length in self.lengths]
+        lengths = (*filled, rest) if (rest := -sum(filled) % total) else tuple(filled)
+        starts = np.cumsum((0, *filled[:-1]))
+        place_T = torch.from_numpy(np.arange(ends[-1]) + np.repeat(starts - ends + self.lengths, self.lengths))
+
+        def spread(tensor_T: Tensor, fill: float) -> Tensor:
+            return torch.full((sum(lengths),), fill, dtype=tensor_T.dtype).index_copy_(0, place_T, tensor_T)
+
+        weights_T = None if self.weights_T is None else spread(self.weights_T, 0.0)
+        return Batch(spread(self.ids_T, 0), spread(self.labels_T, IGNORED), lengths, self.rows, weights_T)
+
 
 def pack(examples: Sequence[Example]) -> Batch:
     """Pack examples one after another, labels (and weights) shifted to the position that predicts them. At least one.
@@ -153,18 +178,24 @@ class Batches:
     def heaviest(self) -> Batch:
         """As many of the longest rows, or of the first epoch's fullest packs, as a micro-batch may have, together.
 
-        No micro-batch has more tokens (of packs: none of the first epoch). A row of weight 2 may stand in it twice.
+        A row of weight 2 may stand in it twice; where there are fewer rows than that, all again. No micro-batch within
+        an epoch has more tokens (of packs: within the first). One that spans two epochs could, where both have their
+        longest rows at the seam and `_balance` puts them together.
         """
         lengths = self._lengths().astype(np.int64)
         if self._packed:
             units = self._epochs.units_of(0)
             tokens = np.add.reduceat(lengths[units.rows], units.starts[:-1])
-            rows = np.concatenate([units[pack] for pack in np.argsort(-tokens, kind="stable")[: self.micro_batch]])
+            rows = np.concatenate([units[pack] for pack in self._fullest(tokens)])
         else:
             weights = self.examples.weights if isinstance(self.examples, Measured) else np.ones(len(lengths))
             seen = np.repeat(np.arange(len(lengths)), np.ceil(weights).astype(np.int64))
-            rows = seen[np.argsort(-lengths[seen], kind="stable")[: self.micro_batch]]
+            rows = seen[self._fullest(lengths[seen])]
         return pack([self.examples[row] for row in rows.tolist()])
+
+    def _fullest(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices of a micro-batch's worth of the largest `tokens`; where there are fewer, round and round."""
+        return np.resize(np.argsort(-tokens, kind="stable"), self.micro_batch)
 
     @property
     def rows_per_epoch(self) -> int:

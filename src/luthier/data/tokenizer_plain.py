@@ -50,19 +50,29 @@ def read_plain(folder: Path) -> Plain | None:
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     special = {name: str(config[name]) for name in _NAMED if config.get(name) is not None}
-    if not (
+    try:
+        plain = _says_everything(folder, config, model, whole, special)
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json")) if plain else None
+    except Exception:  # noqa: BLE001  tokenizers raises no narrower one: the file is damaged or newer than this version
+        return None
+    if backend is None or not (template is None or isinstance(template, str)):
+        return None
+    if backend.post_processor is None:  # transformers puts one there that adds nothing
+        backend.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+    return Plain(backend, special, template)
+
+
+def _says_everything(
+    folder: Path, config: _Document, model: _Document, whole: _Document, special: Mapping[str, str]
+) -> bool:
+    """Whether transformers would add nothing to what tokenizer.json says."""
+    return (
         config.get("tokenizer_class") in _CLASSES
         and model.get("model_type") in _FAMILIES
         and set(config) <= {*_NAMED, *_SAY_NOTHING}
         and _adds_nothing(folder, config, whole, special)
-        and (template is None or isinstance(template, str))
         and not (folder / "additional_chat_templates").exists()
-    ):
-        return None
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if backend.post_processor is None:  # transformers puts one there that adds nothing
-        backend.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
-    return Plain(backend, special, template)
+    )
 
 
 def _read(path: Path) -> _Document:

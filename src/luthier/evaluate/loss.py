@@ -65,7 +65,7 @@ def _summed(
     for group in _groups(examples, tokens_per_batch):
         packed = pack(group)
         tokens += packed.labelled
-        batch = packed.to(decoder.device)
+        batch = packed.on(decoder.device, decoder.dtype)
         hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
         total += float(decoder.kernels.linear_cross_entropy(hidden_TD, decoder.head_weight, batch.labels_T))
         rows += len(group)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from luthier.hardware.cgroups import ROOT
-from luthier.hardware.cpu import apple_chip, cpu_cores, host_memory
+from luthier.hardware.cpu import apple_chip, cpu_cores, free_memory, host_memory, own_memory
 from luthier.hardware.device import GIB, Device, Format
 
 __all__ = [
@@ -120,11 +120,8 @@ def _cuda_free(index: int) -> int:
         return 0
 
 
-def gpu_device(gpus: Sequence[Gpu], root: Path = ROOT, link: float | None = None) -> Device:
-    """The first of `gpus` as the device that trains; `count` is how many are of its kind and size.
-
-    link: bytes a second between them, each way.
-    """
+def gpu_device(gpus: Sequence[Gpu], root: Path = ROOT) -> Device:
+    """The first of `gpus` as the device that trains; `count` is how many are of its kind and size."""
     first = gpus[0]
     if first.platform == "xpu":
         raise ValueError("nothing trains on an XPU")
@@ -141,8 +138,7 @@ def gpu_device(gpus: Sequence[Gpu], root: Path = ROOT, link: float | None = None
         _formats(first),
         free_gib=free / GIB,
         count=same,
-        host_gib=host_memory(root) / GIB,
-        link=link if same > 1 else None,
+        host_gib=min(host_memory(root), free_memory(root) + own_memory()) / GIB,
     )
 
 

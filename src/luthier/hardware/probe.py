@@ -72,14 +72,14 @@ class Machine:
     signs: bool
 
 
-def this_device(root: Path = ROOT, look: Look = torch_gpus, folder: Path | None = None, run: Run = run_tool) -> Device:
+def this_device(root: Path = ROOT, look: Look = torch_gpus, folder: Path | None = None) -> Device:
     """The device that this machine trains on: the first CUDA device, else Apple's GPU, else the CPU.
 
     folder: where runs go to, whose disk counts; left out, the current one. Rates are those that were measured on it
-    before, if any.
+    before, if any. How fast the devices are linked is not asked: one of them trains.
     """
     gpus = look(False) if accelerator_signs(root) else ()
-    return _device(gpus, root, Path.cwd() if folder is None else folder, run)
+    return _device(gpus, root, Path.cwd() if folder is None else folder)
 
 
 def describe(root: Path = ROOT, look: Look = torch_gpus, folder: Path | None = None, run: Run = run_tool) -> Machine:
@@ -89,9 +89,10 @@ def describe(root: Path = ROOT, look: Look = torch_gpus, folder: Path | None = N
     where = _existing(Path.cwd() if folder is None else folder)
     limit = cgroup_memory(root)
     total = int(psutil.virtual_memory().total)
+    device = _device(gpus, root, where)
     return Machine(
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
-        device=_device(gpus, root, where, run),
+        device=replace(device, link=link_speed(run)) if device.count > 1 else device,
         cpu=cpu_device(root),
         flags=cpu_flags(root),
         total_gib=total / GIB,
@@ -117,13 +118,9 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _device(gpus: tuple[Gpu, ...], root: Path, folder: Path, run: Run) -> Device:
+def _device(gpus: tuple[Gpu, ...], root: Path, folder: Path) -> Device:
     usable = gpus if gpus and gpus[0].platform != "xpu" else ()
-    if usable:
-        several = len(usable) > 1 and usable[0].platform == "cuda"
-        device = gpu_device(usable, root, link_speed(run) if several else None)
-    else:
-        device = cpu_device(root)
+    device = gpu_device(usable, root) if usable else cpu_device(root)
     device = replace(device, disk_gib=free_disk(folder))
     return replace(device, rates=stored_rates(device))
 

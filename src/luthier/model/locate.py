@@ -130,6 +130,8 @@ def _from_hub(name: str) -> Path:
     _config_from_hub(name, SMALL_FILES)
     folder = _fetch(name, SMALL_FILES + WEIGHT_FILES)
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        if why := _out_of_reach(name):
+            raise _partly_here(name, why)
         raise ModelError(
             f"{name} on the hub has no safetensors weights; pickled ones (.bin, .pt) are not read, "
             "since opening a pickle can run code",
@@ -142,7 +144,12 @@ def _from_hub(name: str) -> Path:
 
 def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
     """Files of a hub repository, from the cache where they are there. The one boundary to huggingface_hub's errors."""
-    from huggingface_hub import constants, get_token, snapshot_download  # half a second: only for hub ids
+    from huggingface_hub import (
+        constants,
+        get_token,
+        snapshot_download,
+        try_to_load_from_cache,
+    )  # half a second: only for hub ids
     from huggingface_hub import errors as hub
 
     page = f"{constants.ENDPOINT}/{name}"
@@ -158,12 +165,9 @@ def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
             f"Check the name at {page}; for a private model log in with `hf auth login`.",
         ) from error
     except hub.LocalEntryNotFoundError as error:
-        offline = isinstance(error.__cause__, hub.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE
-        why = (
-            "HF_HUB_OFFLINE is set"
-            if offline
-            else f"the hub cannot be reached ({_first_line(error.__cause__ or error)})"
-        )
+        why = _why(error.__cause__ or error)
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise _partly_here(name, why) from error
         raise ModelError(
             f"the model {name} is neither a folder nor in the hub's cache on this machine, and {why}{_meant(name)}",
             f"Connect once and run this again, copy the model's folder here, or use the bundled `model: {BUNDLED}`.",
@@ -171,6 +175,35 @@ def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
     except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's own root error
         raise ModelError(f"fetching the model {name} failed: {_first_line(error)}",
                          "Run this again: what was fetched is kept.") from error  # fmt: skip
+
+
+def _out_of_reach(name: str) -> str | None:
+    """Why the hub cannot be asked of the model `name`, so that fetching fell back to its cache; None where it can."""
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    try:
+        HfApi().model_info(name)
+    except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's own root error
+        return _why(error)
+    return None
+
+
+def _partly_here(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"the hub's cache on this machine has only a part of the model {name} (a plan fetches no weights), and {why}",
+        "Connect once and run this again: what is missing is then fetched and kept.",
+    )
+
+
+def _why(error: BaseException) -> str:
+    """Why the hub was not asked."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return f"the hub cannot be reached ({_first_line(error)})"
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,13 +12,11 @@ number in the compute dtype.
 from __future__ import annotations
 
 from luthier.model.config import projection_shapes
+from luthier.plan.sizes import CHUNK_LOGITS, adapter_parameters, element_bytes
 from luthier.plan.work import Work
 
 __all__ = [
-    "CHUNK_LOGITS",
-    "adapter_parameters_of",
     "backward_bytes",
-    "element_bytes",
     "evaluation_bytes",
     "kept_bytes",
     "largest_projection",
@@ -26,22 +24,8 @@ __all__ = [
     "recomputed_bytes",
 ]
 
-CHUNK_LOGITS = 2**25
-"""Logits that exist at once; the loss's own constant (kernels/loss.py), held equal by a test."""
-
 _WIDE = 4  # fp32
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
-
-def element_bytes(work: Work) -> int:
-    """Bytes of one number in the compute dtype."""
-    return 4 if work.precision == "fp32" else 2
-
-
-def adapter_parameters_of(work: Work) -> int:
-    """Trainable parameters: rank * (out + in) for each target of each layer."""
-    shapes = projection_shapes(work.config)
-    return work.config.layers * work.rank * sum(sum(shapes[name]) for name in work.targets)
 
 
 def largest_projection(work: Work) -> int:
@@ -51,7 +35,7 @@ def largest_projection(work: Work) -> int:
 
 def kept_bytes(work: Work) -> int:
     """What one layer keeps that is not recomputed."""
-    config, e = work.config, element_bytes(work)
+    config, e = work.config, element_bytes(work.precision)
     shapes = projection_shapes(config)
     queries, keys, inner = shapes["q_proj"][0], shapes["k_proj"][0], shapes["gate_proj"][0]
     norms = 2 * (_WIDE * config.hidden_size + _WIDE)
@@ -62,17 +46,18 @@ def kept_bytes(work: Work) -> int:
 
 
 def _attention_token_bytes(work: Work, queries: int, keys: int) -> int:
-    """A token's q, k, v, output and log-sum-exp. Where queries share keys, "efficient" and "math" repeat the keys."""
+    """A token's q, k, v, output and log-sum-exp. Where queries share keys, "efficient" and "math" repeat the keys;
+    "math" computes in fp32 and needs no log-sum-exp."""
+    e = element_bytes(work.precision)
+    if work.attention == "math":
+        return 3 * queries * _WIDE + queries * e
     held = keys if work.attention == "flash" else queries
-    return (2 * queries + 2 * held) * element_bytes(work) + _WIDE * work.config.heads
+    return (2 * queries + 2 * held) * e + _WIDE * work.config.heads
 
 
 def _attention_square_bytes(work: Work) -> int:
-    """What grows with the square of a document's length: only "math" holds the probabilities."""
-    if work.attention != "math":
-        return 0
-    documents = max(1, work.tokens // work.longest)
-    return documents * work.longest**2 * work.config.heads * (element_bytes(work) + 1)
+    """What grows with the square of a document's length: only "math" holds the probabilities of every head, in fp32."""
+    return work.tokens * work.longest * work.config.heads * _WIDE if work.attention == "math" else 0
 
 
 def _equal_documents(work: Work) -> bool:
@@ -83,7 +68,7 @@ def _adapter_token_bytes(work: Work) -> int:
     """Inputs of the adapters and the low-rank products. An input is shared where projections read the same; that of
     o_proj is what attention keeps anyway, unless it had to be joined from documents of several lengths. With dropout
     each has its own, and a mask (in the compute dtype on a CPU; CUDA needs less)."""
-    e, shapes = element_bytes(work), projection_shapes(work.config)
+    e, shapes = element_bytes(work.precision), projection_shapes(work.config)
     inputs = 0
     for group in _SAME_INPUT:
         targeted = [name for name in group if name in work.targets]
@@ -96,26 +81,29 @@ def _adapter_token_bytes(work: Work) -> int:
 
 def _cast_bytes(work: Work) -> int:
     """A and B of one layer in the compute dtype; fp32 uses the masters themselves."""
-    return 0 if work.precision == "fp32" else adapter_parameters_of(work) // work.config.layers * element_bytes(work)
+    if work.precision == "fp32":
+        return 0
+    return adapter_parameters(work.config, work.targets, work.rank) // work.config.layers * 2
 
 
 def recomputed_bytes(work: Work) -> int:
     """What one layer keeps that is recomputed: its input."""
-    return work.tokens * work.config.hidden_size * element_bytes(work)
+    return work.tokens * work.config.hidden_size * element_bytes(work.precision)
 
 
 def backward_bytes(work: Work) -> int:
     """What exists for a moment in the backward pass, at its fullest: in the MLP the gradient of the product from the
     frozen weight and from the adapter, or those of its two factors; and the gradients of the residual stream."""
-    e, shapes = element_bytes(work), projection_shapes(work.config)
+    e, shapes = element_bytes(work.precision), projection_shapes(work.config)
     inner = shapes["gate_proj"][0]
-    return work.tokens * (2 * inner + 3 * work.config.hidden_size) * e
+    mlp = work.tokens * (2 * inner + 3 * work.config.hidden_size) * e
+    return max(mlp, 2 * _attention_square_bytes(work))  # the gradients of the probabilities and of the scores
 
 
 def loss_bytes(work: Work, *, tokens: int, trains: bool) -> int:
     """The head and the loss: rows, their gradient, and one chunk of logits twice in fp32 (the logits, and inside
     logsumexp their exponentials) or in both dtypes."""
-    e, vocabulary = element_bytes(work), work.config.vocab_size
+    e, vocabulary = element_bytes(work.precision), work.config.vocab_size
     rows = min(tokens, max(1, CHUNK_LOGITS // vocabulary))
     chunk = rows * vocabulary * 2 * _WIDE
     held = tokens * work.config.hidden_size * (e * (3 if trains else 2) + (_WIDE if trains else 0))
@@ -124,5 +112,7 @@ def loss_bytes(work: Work, *, tokens: int, trains: bool) -> int:
 
 def evaluation_bytes(work: Work, tokens: int) -> int:
     """One layer without a backward pass: the residual stream, a norm in fp32, and the MLP's gate, up and products."""
-    e, shapes = element_bytes(work), projection_shapes(work.config)
-    return tokens * ((3 * e + 2 * _WIDE) * work.config.hidden_size + 4 * shapes["gate_proj"][0] * e)
+    e, shapes = element_bytes(work.precision), projection_shapes(work.config)
+    mlp = 4 * shapes["gate_proj"][0] * e
+    scores = 2 * work.longest * work.config.heads * _WIDE if work.attention == "math" else 0
+    return tokens * ((3 * e + 2 * _WIDE) * work.config.hidden_size + max(mlp, scores))

@@ -12,20 +12,15 @@ from collections.abc import Sequence
 from luthier.model.config import PROJECTIONS, ModelConfig, projection_shapes
 from luthier.plan import sources
 from luthier.plan.decision import DEFAULT, YOURS, Decision
+from luthier.plan.sizes import adapter_parameters
 from luthier.recipe.schema import AdapterRecipe, Recipe
 
-__all__ = ["adapter_parameters", "choose_alpha", "choose_learning_rate", "choose_rank", "choose_targets"]
+__all__ = ["choose_alpha", "choose_learning_rate", "choose_rank", "choose_targets"]
 
 _RANKS = (8, 16, 32, 64)
 _ALPHA = 32.0
 _FITTED_FROM = 2048  # hidden size of the smallest model of the fit
 _HIGHEST_RATE = 1e-3
-
-
-def adapter_parameters(config: ModelConfig, targets: Sequence[str], rank: int) -> int:
-    """Trainable parameters: rank * (out + in) for each target of each layer."""
-    shapes = projection_shapes(config)
-    return config.layers * rank * sum(sum(shapes[name]) for name in targets)
 
 
 def choose_targets(adapter: AdapterRecipe) -> Decision[tuple[str, ...]]:

@@ -13,7 +13,6 @@ from luthier.errors import DataError, UsageError
 from luthier.hardware.device import Device, Precision
 from luthier.model.config import ModelConfig, parameters
 from luthier.plan.adapter import (
-    adapter_parameters,
     as_given,
     choose_alpha,
     choose_learning_rate,
@@ -36,7 +35,8 @@ from luthier.plan.schedule import (
 )
 from luthier.plan.search import MARGIN, Candidate, Pinned, Task, recomputed_layers, search, used_devices
 from luthier.plan.settings import Settings
-from luthier.plan.support import check_optimizer, check_quantize
+from luthier.plan.sizes import adapter_parameters
+from luthier.plan.support import check_attention, check_optimizer, check_quantize
 from luthier.plan.timing import evaluation_seconds, plan_time
 from luthier.recipe.schema import Recipe
 
@@ -92,18 +92,20 @@ def _choose_adapter(recipe: Recipe, config: ModelConfig, facts: DataFacts) -> _A
     return _Adapter(targets, rank, choose_alpha(recipe.adapter, rank.value), choose_learning_rate(recipe, config))
 
 
-def _pinned(recipe: Recipe, device: Device, layers: int) -> Pinned:
+def _pinned(recipe: Recipe, device: Device, config: ModelConfig, precision: Precision) -> Pinned:
     """What the user set of what is searched, checked against the device."""
     train = recipe.train
     if recipe.quantize == "nf4":
         check_quantize("nf4", device.kind)
     if train.optimizer != "auto":
         check_optimizer(train.optimizer, device.kind)
+    if train.attention != "auto":
+        check_attention(train.attention, device, config, precision)
     return Pinned(
         quantize=None if recipe.quantize == "auto" else recipe.quantize,
         optimizer=None if train.optimizer == "auto" else train.optimizer,
         micro_batch=None if train.micro_batch == "auto" else train.micro_batch,
-        recomputed=recomputed_layers(train.checkpointing, layers),
+        recomputed=recomputed_layers(train.checkpointing, config.layers),
         attention=None if train.attention == "auto" else train.attention,
     )
 
@@ -130,9 +132,10 @@ def _task(
         eval_rows=facts.eval_rows,
         step_tokens=course.batch_size.value * course.epoch.tokens / course.epoch.units,
         packed=course.epoch.rows_per_unit if course.packing.value else None,
-        labelled=min(1.0, facts.labelled_tokens / max(1, course.epoch.tokens)),
+        # A prompt token of any weight reaches the head.
+        labelled=1.0 if recipe.prompt_loss_weight else min(1.0, facts.labelled_tokens / max(1, course.epoch.tokens)),
         exports=recipe.export,
-        pinned=_pinned(recipe, device, config.layers),
+        pinned=_pinned(recipe, device, config, precision),
     )
 
 
@@ -161,7 +164,12 @@ def choose(
     task = _task(recipe, device, config, facts, precision.value, adapter, course)
     best = search(task, device, margin)
     if best is None:
-        raise refusal(recipe, task, device, margin)
+
+        def shorter(tokens: int) -> Task:
+            cut = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_length": tokens})})
+            return _task(cut, device, config, facts, precision.value, adapter, _choose_course(cut, config, facts))
+
+        raise refusal(recipe, task, device, margin, shorter)
     steps, measured = course.steps.value, evaluation_seconds(task, best.speed)
     evaluate = choose_eval_every(recipe, steps, facts.eval_rows, steps * best.speed.step_seconds, measured)
     save = choose_save_every(recipe, steps, evaluate.value)
@@ -238,7 +246,8 @@ def _given(recipe: Recipe, device: Device, config: ModelConfig) -> tuple[Decisio
     """What everything rests on: the model and the machine."""
     model = f"{parameters(config):,} parameters, of the {config.family} family."
     many = "" if device.count == 1 else f"{device.count} devices of "
-    machine = f"{many}{device.memory_gib:.3g} GiB, {device.cores} cores, fast in {', '.join(device.fast)}."
+    cores = "1 core" if device.cores == 1 else f"{device.cores} cores"
+    machine = f"{many}{device.memory_gib:.3g} GiB, {cores}, fast in {', '.join(device.fast)}."
     return (
         Decision("model", recipe.model, model, YOURS),
         Decision("hardware", device.known_as or device.name, machine + held_by_others(device), hardware_source(device)),

@@ -99,7 +99,7 @@ def memory_lines(plan: Plan, width: int) -> list[Text]:
     lines.append(Text("[") + bar + Text("]"))
     items = [Text.assemble((_GLYPHS[k] * 2, _COLOURS[k]), f" {p.name} {amount(p.bytes)}") for k, p in enumerate(parts)]
     if cells[0]:
-        items.append(Text.assemble(("//", "dim"), f" other processes {amount(taken)}"))
+        items.append(Text.assemble(("//", "dim"), f" other programs {amount(taken)}"))
     items.append(Text.assemble(("│", "bold"), f" {plan.margin:.0%} stays free"))
     lines += _flowed(items, width)
     phases = [*plan.memory.phases, plan.memory.host, plan.memory.disk]

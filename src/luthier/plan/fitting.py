@@ -66,7 +66,7 @@ def held_by_others(device: Device) -> str:
     taken = device.memory_gib - device.usable_gib
     if taken < 0.05 * device.memory_gib:
         return ""
-    return f" Another process holds {taken:.3g} of its {device.memory_gib:.3g} GiB."
+    return f" Other programs hold {taken:.3g} of its {device.memory_gib:.3g} GiB."
 
 
 def _times(other: Candidate, than: Candidate) -> str:
@@ -229,11 +229,24 @@ def _of(depth: int, layers: int) -> str:
     return f"all {layers}" if depth == layers else f"{depth} of {layers}"
 
 
+def _idle(found: Found) -> str:
+    """A sentence where not every device has a micro-batch to the end of a step."""
+    batches, devices = -(-found.task.batch_size // found.choice.micro_batch), used_devices(found.device)
+    idle = -batches % devices
+    if not idle:
+        return ""
+    when = "all the time" if batches < devices else "in the last of a step's micro-batches"
+    return (
+        f" {idle} of {devices} devices stand idle {when}: a batch of {found.task.batch_size:,} makes {batches:,} "
+        f"micro-batches; a train.batch_size that {devices} divides would keep all at work."
+    )
+
+
 def _sharding(found: Found) -> tuple[Decision[object], ...]:
     device, choice = found.device, found.choice
     if device.count == 1:
         return ()
-    here = "Training on several devices is predicted here; this version trains on one."
+    here = f"Training on several devices is predicted here; this version trains on one.{_idle(found)}"
     if used_devices(device) == 1:
         reason = f"This machine has {device.count} such devices. {here}"
         return (Decision("sharding", "none", reason, "this version", ("ddp, fsdp: not in this version",)),)

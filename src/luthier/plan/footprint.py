@@ -9,7 +9,7 @@ from luthier.hardware.device import GIB
 
 __all__ = ["Memory", "Part", "Phase", "PhaseName"]
 
-PhaseName: TypeAlias = Literal["load", "train", "evaluate", "merge", "host", "disk"]
+PhaseName: TypeAlias = Literal["load", "train", "evaluate", "host", "disk"]
 
 
 @dataclass(frozen=True)

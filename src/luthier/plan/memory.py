@@ -21,11 +21,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.hardware.device import DeviceKind
-from luthier.model.config import parameters, projection_shapes
+from luthier.model.config import parameters
 from luthier.plan.activations import (
-    adapter_parameters_of,
     backward_bytes,
-    element_bytes,
     evaluation_bytes,
     kept_bytes,
     largest_projection,
@@ -33,25 +31,24 @@ from luthier.plan.activations import (
     recomputed_bytes,
 )
 from luthier.plan.footprint import Memory, Part, Phase
+from luthier.plan.sizes import NF4_BITS, adapter_parameters, element_bytes, layer_weights, moment_bytes
 from luthier.plan.work import Work
 
-__all__ = ["CONTEXT", "NF4_BITS", "NOT_TENSORS", "SLACK", "predict_memory", "weight_bytes"]
+__all__ = ["CONTEXT", "NOT_TENSORS", "SLACK", "predict_memory", "weight_bytes"]
 
 MIB = 2**20
 _WIDE_BYTES = 4  # fp32
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-
-CONTEXT: dict[DeviceKind, int] = {"cpu": 350 * MIB, "cuda": 500 * MIB, "mps": 500 * MIB}
+CONTEXT: dict[DeviceKind, int] = {"cpu": 410 * MIB, "cuda": 500 * MIB, "mps": 500 * MIB}
 """cpu: interpreter, torch, the other libraries, and what they load at their first step. cuda: driver and kernels, which
 torch's own figures leave out. Measured on Linux with torch 2.13 (cpu); assumed elsewhere."""
-_CONTEXT_NF4: dict[DeviceKind, int] = {"cpu": 60 * MIB, "cuda": 0, "mps": 0}  # bitsandbytes and what it imports
+_CONTEXT_NF4: dict[DeviceKind, int] = {"cpu": 50 * MIB, "cuda": 0, "mps": 0}  # bitsandbytes and what it imports
 
 SLACK: dict[DeviceKind, float] = {"cpu": 0.12, "cuda": 0.05, "mps": 0.10}
 """Share of what comes and goes in a step that the allocator holds on top."""
 
 _MATMUL_WORKSPACE: dict[DeviceKind, int] = {"cpu": 0, "cuda": 32 * MIB, "mps": 0}  # cuBLAS, on Hopper its largest
 _HOST_CONTEXT = 1536 * MIB  # python and torch with the CUDA libraries; assumed
-_SHARD = 5 * 10**9  # transformers' largest file of weights
+_SHARD = 5 * 10**9  # bytes of the largest file of weights, as models on the hub are usually cut
 NOT_TENSORS = ("context", "allocator slack")
 """Parts that torch.cuda.max_memory_allocated does not count."""
 
@@ -60,8 +57,8 @@ def weight_bytes(work: Work) -> int:
     """The frozen base, whole."""
     every, linear = parameters(work.config), _linear(work)
     if work.quantize == "none":
-        return every * element_bytes(work)
-    return int(linear * NF4_BITS / 8) + (every - linear) * element_bytes(work)
+        return every * element_bytes(work.precision)
+    return int(linear * NF4_BITS / 8) + (every - linear) * element_bytes(work.precision)
 
 
 def predict_memory(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) -> Memory:
@@ -73,7 +70,11 @@ def predict_memory(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) ->
 
 
 def _linear(work: Work) -> int:
-    return work.config.layers * sum(out * inp for out, inp in projection_shapes(work.config).values())
+    return work.config.layers * layer_weights(work.config)
+
+
+def _trained(work: Work) -> int:
+    return adapter_parameters(work.config, work.targets, work.rank)
 
 
 def _cut(size: float, work: Work) -> int:
@@ -95,8 +96,8 @@ def _weights(work: Work) -> Part:
 
 def _state(work: Work) -> tuple[Part, ...]:
     """Adapter, gradients, optimizer."""
-    count = adapter_parameters_of(work)
-    moments = 8.0 if work.optimizer == "adamw" else 2 * (1 + 4 / 256)
+    count = _trained(work)
+    moments = moment_bytes(work.optimizer)
     buckets = 4 * count if work.sharding == "ddp" else 0
     return (
         Part("adapter", _cut(4 * count, work), f"{count:,} parameters in fp32"),
@@ -109,11 +110,11 @@ def _gathered(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
     """What a matrix product needs beside its operands: NF4 turned back into the compute dtype, a gathered layer."""
     parts = []
     if work.sharding == "fsdp":
-        layer = _linear(work) / work.config.layers * (NF4_BITS / 8 if work.quantize == "nf4" else element_bytes(work))
-        ends = 2 * work.config.vocab_size * work.config.hidden_size * element_bytes(work)
+        layer = layer_weights(work.config) * (NF4_BITS / 8 if work.quantize == "nf4" else element_bytes(work.precision))
+        ends = 2 * work.config.vocab_size * work.config.hidden_size * element_bytes(work.precision)
         parts.append(Part("gathered weights", int(2 * layer) + ends, "two layers, embedding and head, whole"))
     if work.quantize == "nf4":
-        size = largest_projection(work) * element_bytes(work)
+        size = largest_projection(work) * element_bytes(work.precision)
         parts.append(Part("dequantised weights", size, "one projection at a time"))
     if _MATMUL_WORKSPACE[kind]:
         parts.append(Part("matmul workspace", _MATMUL_WORKSPACE[kind], "cuBLAS"))
@@ -132,7 +133,8 @@ def _train(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
     activations = (layers - again) * kept + again * recomputed_bytes(work) + _positions(work)
     what = f"{layers - again} layers kept whole, {again} recomputed, {work.tokens:,} tokens"
     # While a recomputed layer is done again, the layers after it are gone already, and so is the loss.
-    loss, backward = loss_bytes(work, tokens=_labelled(work), trains=True), backward_bytes(work)
+    # All tokens of the heaviest micro-batch may have a label, whatever their share on average.
+    loss, backward = loss_bytes(work, tokens=work.tokens, trains=True), backward_bytes(work)
     last_recomputed = kept if again == layers else 0
     moving = [Part("activations", activations, what)]
     if loss >= backward + last_recomputed:
@@ -143,13 +145,9 @@ def _train(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
     return _with_slack((_weights(work), *_state(work), _context(work, kind)), moving, kind)
 
 
-def _labelled(work: Work) -> int:
-    return max(1, min(work.tokens, round(work.tokens * work.labelled)))
-
-
 def _positions(work: Work) -> int:
     """Token ids, labels and weights (8 bytes each), and the rotary tables of the longest document and of all tokens."""
-    return work.tokens * 24 + 2 * (work.longest + work.tokens) * work.config.head_dim * element_bytes(work)
+    return work.tokens * 24 + 2 * (work.longest + work.tokens) * work.config.head_dim * element_bytes(work.precision)
 
 
 def _evaluate(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
@@ -164,7 +162,7 @@ def _load(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
     stored = _WIDE_BYTES if work.config.dtype == "float32" else 2
     embedding = work.config.vocab_size * work.config.hidden_size
     as_stored = max(embedding, largest_projection(work)) * stored if kind == "cpu" else 0
-    unquantised = largest_projection(work) * element_bytes(work) if work.quantize == "nf4" else 0
+    unquantised = largest_projection(work) * element_bytes(work.precision) if work.quantize == "nf4" else 0
     tensor = Part("one tensor", max(as_stored, unquantised), "as it is stored, or before it is quantised")
     return (_weights(work), *((tensor,) if tensor.bytes else ()), _context(work, kind))
 
@@ -174,19 +172,22 @@ def _host(work: Work, kind: DeviceKind) -> Phase:
     merged = min(_SHARD, 2 * parameters(work.config))
     wide = 3 * _WIDE_BYTES * largest_projection(work)  # the embedding is copied as it is
     context = _HOST_CONTEXT if kind == "cuda" else CONTEXT[kind]
-    parts = [Part("process", context), Part("merge", merged + wide, "one file of weights, one tensor in fp32")]
+    parts = [
+        Part("process", context),
+        Part("merge", merged + wide, "one file of weights, and one tensor in fp32"),
+    ]
     if work.optimizer == "paged-adamw-8bit":
-        parts.append(Part("paged optimizer", int(adapter_parameters_of(work) * 2 * (1 + 4 / 256))))
+        parts.append(Part("paged optimizer", int(_trained(work) * moment_bytes(work.optimizer))))
     return Phase("host", tuple(parts))
 
 
 def _disk(work: Work, exports: Sequence[str]) -> Phase:
     """Checkpoints `last` and `best`, a third while one replaces another, the adapter, and the exports."""
-    count = adapter_parameters_of(work)
-    moments = 8.0 if work.optimizer == "adamw" else 2 * (1 + 4 / 256)
+    count = _trained(work)
+    moments = moment_bytes(work.optimizer)
     parts = [Part("checkpoints", int(3 * count * (4 + moments)), "last, best, and the one being written")]
     parts.append(Part("adapter", 4 * count))
-    merged = 2 * parameters(work.config)
+    merged = min(_SHARD, 2 * parameters(work.config))
     if exports:  # every export begins with the merged model
         parts.append(Part("merged model", merged, "16-bit"))
     parts.extend(Part(name, merged, "16-bit") for name in exports if name in ("gguf", "ollama"))

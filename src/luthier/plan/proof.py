@@ -3,7 +3,8 @@
 Before its first step a run takes its largest micro-batch forward and backward (train/proof.py). These are the values of
 that: the load that is tried, what was predicted for it, what was measured, and the ladder of settings that a run which
 is out of memory goes down. Every rung gives the same mathematics: the same batches and the same gradient, in smaller
-pieces or with more of it computed twice. After the run, `compared` is what plan.json keeps under `measured`.
+pieces (for which dropout draws other masks) or with more of it computed twice. After the run, `compared` is what
+plan.json keeps under `measured`.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class Adopted:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run in figures. peaks: GiB by phase (load, train, evaluate), of this sitting. step_seconds: the median of all
-    steps. tokens_per_second: while training. tokens: of an average step. None where no step was done."""
+    """A run in figures. peaks: GiB by phase (load, train, evaluate), of this sitting. step_seconds: the mean of all
+    steps but the first. tokens_per_second: while training. tokens: of an average step. None where no step was done."""
 
     peaks: Mapping[str, float]
     step_seconds: float | None
@@ -85,11 +86,12 @@ class Measured:
 def ladder(settings: Settings, layers: int) -> tuple[Settings, ...]:
     """What to try next, one after another, when `settings` are out of memory, for a decoder of so many layers.
 
-    First more layers are recomputed, half of them and then all; then the micro-batch is halved, to a divisor of the
-    batch, down to one. The batch, and all else, stays.
+    First more layers are recomputed: half of them, all but the last (which can need less than all, since the last one's
+    activations are then not made a second time beside the gradients of the loss), all. Then the micro-batch is halved,
+    to a divisor of the batch, down to one. The batch, and all else, stays.
     """
     rungs: list[Settings] = []
-    for recomputed in (-(-layers // 2), layers):
+    for recomputed in sorted({-(-layers // 2), layers - 1, layers}):
         if settings.checkpointing < recomputed:
             rungs.append(replace(settings, checkpointing=recomputed))
     size = min(settings.micro_batch, settings.batch_size)
@@ -100,10 +102,12 @@ def ladder(settings: Settings, layers: int) -> tuple[Settings, ...]:
 
 
 def expect(plan: Plan, settings: Settings, load: Load) -> Expected:
-    """What the models of memory and speed say of one micro-batch under `settings`."""
+    """What the models of memory and speed say of one micro-batch under `settings`, forward and backward."""
     work = replace(_work(plan, settings, load), step_tokens=load.tokens, micro_batches=1)
     train = predict_memory(work, settings.device).phase("train")
-    return Expected(_counted(train, settings.device) / GIB, predict_speed(work, plan.device).step_seconds)
+    parts = predict_speed(work, plan.device).parts
+    seconds = sum(part for name, part in parts if name != "optimizer")  # clipping and update: no part of a pass
+    return Expected(_counted(train, settings.device) / GIB, seconds)
 
 
 def adopt(plan: Plan, adopted: Adopted) -> Plan:
@@ -135,7 +139,7 @@ def adopt(plan: Plan, adopted: Adopted) -> Plan:
         settings=settings,
         decisions=tuple(map(decided, plan.decisions)),
         work=work,
-        memory=predict_memory(work, settings.device),
+        memory=replace(predict_memory(work, settings.device), disk=plan.memory.disk),  # exports and all
         time=time,
     )
 

@@ -1,9 +1,9 @@
 """When nothing fits: what is needed against what there is, and the nearest changes that would make it fit.
 
 Each change is computed, by running the search again with it. They are ordered by how little they alter what the user
-asked for: first what gives the same result (free memory, recompute, a smaller micro-batch), then what rounds (8-bit
-state, 4-bit base), then what learns less (shorter rows, a smaller rank), then another machine. Changes of the first
-kinds are tried together where none is enough alone.
+asked for: first what gives the same result (free memory, a leaner attention, recompute, a smaller micro-batch), then
+what rounds (8-bit state, 4-bit base), then what learns less (shorter rows, a smaller rank), then another machine.
+Changes of settings are tried together where none is enough alone.
 """
 
 from __future__ import annotations
@@ -11,15 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from luthier.errors import FitError
+from luthier.errors import DataError, FitError, UsageError
 from luthier.hardware.device import Device
 from luthier.plan.fitting import held_by_others
 from luthier.plan.footprint import Phase
 from luthier.plan.machine import choose_precision
-from luthier.plan.search import Candidate, Pinned, Shortfall, Task, fits, leanest, search, shortfalls, used_devices
-from luthier.plan.settings import Optimizer
-from luthier.plan.show import amount, duration, gib
-from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES
+from luthier.plan.search import (
+    Candidate,
+    Pinned,
+    Shortfall,
+    Task,
+    attention_on,
+    fits,
+    leanest,
+    search,
+    shortfalls,
+    used_devices,
+)
+from luthier.plan.show import amount, duration, gib, gib_up
+from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES, attentions
 from luthier.recipe.schema import Recipe
 
 __all__ = ["Remedy", "refusal", "remedies"]
@@ -31,7 +41,6 @@ _DOING = {
     "load": "loading",
     "train": "training",
     "evaluate": "measuring the held-out loss",
-    "merge": "merging",
     "host": "loading and merging on the host",
     "disk": "the run's files",
 }
@@ -59,6 +68,7 @@ class _Case:
     task: Task
     device: Device
     margin: float
+    shorter: Callable[[int], Task]
 
     def tried(self, change: str, task: Task, device: Device, note: str = "") -> Iterator[Remedy]:
         found = search(task, device, self.margin)
@@ -66,25 +76,30 @@ class _Case:
             yield Remedy(change, found, note)
 
 
-def refusal(recipe: Recipe, task: Task, device: Device, margin: float) -> FitError:
-    """The error to raise where `search` found nothing."""
+def refusal(recipe: Recipe, task: Task, device: Device, margin: float, shorter: Callable[[int], Task]) -> FitError:
+    """The error to raise where `search` found nothing. shorter: see `remedies`."""
     least = leanest(task, device)
     short = shortfalls(least.memory, device, margin)
-    lines = [_need(one, device, margin) for one in short]
-    place = {one.place for one in short}
-    if place == {"disk"}:
-        return FitError("\n".join(lines), _more_disk(task, device, short[0]))
-    found = remedies(recipe, task, device, margin)
+    message = "\n".join(_need(one, device, margin) for one in short)
+    disk = next((one for one in short if one.place == "disk"), None)
+    more_disk = "" if disk is None else _more_disk(task, device, disk)
+    if disk is not None and len(short) == 1:
+        return FitError(message, more_disk)
+    enough = device if disk is None else replace(device, disk_gib=disk.phase.gib)  # so that the rest can be spoken of
+    found = remedies(recipe, task, enough, margin, shorter)
     smaller = "a smaller model of the same family"
-    if not found:
-        return FitError("\n".join(lines), f"{smaller}: no setting and no machine of the catalogue is enough")
-    listed = "".join(f"\n    {remedy}" for remedy in found)
-    return FitError("\n".join(lines), f"one of these, each computed:{listed}\n  or {smaller}")
+    if found:
+        listed = "".join(f"\n    {remedy}" for remedy in found)
+        remedy = f"one of these, each computed:{listed}\n  or {smaller}"
+    else:
+        remedy = f"{smaller}: no setting and no machine of the catalogue is enough"
+    return FitError(message, f"{remedy}\n  and for the disk: {more_disk}" if more_disk else remedy)
 
 
 def _more_disk(task: Task, device: Device, short: Shortfall) -> str:
-    more = gib(short.phase.gib - short.have)
-    remedy = f"free {more} on the disk that the run goes to, or choose another with --out"
+    remedy = (
+        f"free {gib_up(short.phase.gib - short.have)} on the disk that the run goes to, or choose another with --out"
+    )
     without = leanest(replace(task, exports=()), device).memory.disk
     if task.exports and without.gib <= short.have:
         remedy += f"; export: [] (without exports {amount(without.bytes)} are written)"
@@ -117,11 +132,16 @@ def _parts(phase: Phase) -> str:
     return ", ".join([*listed, f"other {amount(rest)}"] if rest else listed)
 
 
-def remedies(recipe: Recipe, task: Task, device: Device, margin: float) -> tuple[Remedy, ...]:
-    """The three nearest changes with which it fits; fewer where there are fewer."""
-    case = _Case(recipe, task, device, margin)
+def remedies(
+    recipe: Recipe, task: Task, device: Device, margin: float, shorter: Callable[[int], Task]
+) -> tuple[Remedy, ...]:
+    """The three nearest changes with which it fits; fewer where there are fewer.
+
+    shorter: the task with this `train.max_length` instead; UsageError or DataError where there can be none.
+    """
+    case = _Case(recipe, task, device, margin, shorter)
     found: list[Remedy] = []
-    for kind in (_free, _unpin, _together, _shorter, _narrower, _single_machine, _more_cards):
+    for kind in (_free, _loosened, _shorter, _narrower, _single_machine, _more_cards):
         found += kind(case)
         if len(found) >= _SHOWN:
             break
@@ -129,61 +149,53 @@ def remedies(recipe: Recipe, task: Task, device: Device, margin: float) -> tuple
 
 
 def _free(case: _Case) -> Iterator[Remedy]:
-    """What other processes hold, if that is what is missing."""
+    """What other programs hold, if that is what is missing."""
     device = case.device
-    if device.usable_gib >= device.memory_gib:
-        return
     need = leanest(case.task, device).memory.peak.gib / (1 - case.margin)
-    if need > device.usable_gib:
-        freed = replace(device, free_gib=min(device.memory_gib, need * (1 + 1e-9)))
-        more = gib(need - device.usable_gib)
-        yield from case.tried(f"free {more} of {device.name}", case.task, freed, "other processes hold it")
+    if device.usable_gib < need <= device.memory_gib:
+        freed = replace(device, free_gib=need * (1 + 1e-9))
+        place = "memory" if device.kind == "cpu" else device.name
+        change = f"free {gib_up(need * (1 + 1e-9) - device.usable_gib)} of {place}"
+        yield from case.tried(change, case.task, freed, "other programs hold it")
 
 
-def _pins(case: _Case) -> Iterator[tuple[str, Pinned]]:
-    """What the user set and might leave open, the harmless first: (the change, the pins with it)."""
-    pinned, kind = case.task.pinned, case.device.kind
+def _looser(case: _Case) -> Iterator[tuple[str, Callable[[Task], Task]]]:
+    """What the user set and might leave open, the harmless first: (the change, what it does to a task)."""
+    pinned, device = case.task.pinned, case.device
+
+    def pins(change: Callable[[Pinned], Pinned]) -> Callable[[Task], Task]:
+        return lambda task: replace(task, pinned=change(task.pinned))
+
+    if pinned.attention == "math" and attention_on(device, case.task.config, case.task.precision) != "math":
+        yield "train.attention: auto", pins(lambda old: replace(old, attention=None))
     if pinned.recomputed is not None and pinned.recomputed < case.task.config.layers:
-        yield "train.checkpointing: auto", replace(pinned, recomputed=None)
+        yield "train.checkpointing: auto", pins(lambda old: replace(old, recomputed=None))
     if pinned.micro_batch is not None and pinned.micro_batch > 1:
-        yield "train.micro_batch: auto", replace(pinned, micro_batch=None)
-    eight: Optimizer = "adamw-8bit"
-    if pinned.optimizer == "adamw" and kind in OPTIMIZER_DEVICES[eight]:
-        yield f"train.optimizer: {eight}", replace(pinned, optimizer=eight)
-    if pinned.quantize == "none" and kind in QUANTIZE_DEVICES["nf4"]:
-        yield "quantize: nf4", replace(pinned, quantize="nf4")
-
-
-def _unpin(case: _Case) -> Iterator[Remedy]:
-    for change, pinned in _pins(case):
-        found = search(replace(case.task, pinned=pinned), case.device, case.margin)
-        if found is not None:
-            said = f"train.micro_batch: {found.choice.micro_batch}" if change.startswith("train.micro") else change
-            yield Remedy(said, found)
+        yield "train.micro_batch: auto", pins(lambda old: replace(old, micro_batch=None))
+    if pinned.optimizer == "adamw" and device.kind in OPTIMIZER_DEVICES["adamw-8bit"]:
+        yield "train.optimizer: adamw-8bit", pins(lambda old: replace(old, optimizer="adamw-8bit"))
+    if pinned.quantize == "none" and device.kind in QUANTIZE_DEVICES["nf4"]:
+        yield "quantize: nf4", pins(lambda old: replace(old, quantize="nf4"))
     if case.recipe.train.precision == "fp32":
-        narrow = choose_precision(_without_precision(case.recipe), case.device).value
+        narrow = choose_precision(_without_precision(case.recipe), device).value
         if narrow != "fp32":
-            task = replace(case.task, precision=narrow)
-            yield from case.tried(f"train.precision: {narrow}", task, case.device)
+            yield f"train.precision: {narrow}", lambda task: replace(task, precision=narrow)
 
 
 def _without_precision(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "auto"})})
 
 
-def _together(case: _Case) -> Iterator[Remedy]:
-    """Several settings at once, where no one alone is enough: one more at a time, until it fits."""
-    changes = list(_pins(case))
-    if any(True for _ in _unpin(case)):
-        return
-    said: list[str] = []
-    pinned = case.task.pinned
-    for change, _ in changes:
-        pinned = next(after for name, after in _pins(replace(case, task=replace(case.task, pinned=pinned)))
-                      if name == change)  # fmt: skip
-        said.append(change)
-        if len(said) > 1 and (found := search(replace(case.task, pinned=pinned), case.device, case.margin)):
-            yield Remedy(" with ".join(said), found)
+def _loosened(case: _Case) -> Iterator[Remedy]:
+    """Each setting that is enough alone; where none is, one after another together, until it fits."""
+    changes = list(_looser(case))
+    alone = [one for change, loosen in changes for one in case.tried(change, loosen(case.task), case.device)]
+    yield from alone
+    said, task = "", case.task
+    for change, loosen in () if alone else changes:
+        said, task = f"{said} with {change}" if said else change, loosen(task)
+        if found := list(case.tried(said, task, case.device)):
+            yield from found
             return
 
 
@@ -201,14 +213,26 @@ def _largest(options: range, is_enough: Callable[[int], bool]) -> int | None:
 
 def _shorter(case: _Case) -> Iterator[Remedy]:
     """The largest max_length with which it fits, in steps of 64 tokens."""
-    task = case.task
-    options = range(_SHORTEST, task.max_length, _SHORTEST)
-    most = _largest(options, lambda tokens: fits(replace(task, max_length=tokens), case.device, case.margin))
-    if most is None:
+    if case.recipe.long_rows == "error":  # longer rows would be refused
         return
-    cut = task.lengths.longer_than(most)
-    rows = f"{cut:,} of {task.lengths.rows:,} rows are longer"
-    yield from case.tried(f"train.max_length: {most}", replace(task, max_length=most), case.device, rows)
+
+    def task_of(tokens: int) -> Task | None:
+        try:
+            return case.shorter(tokens)
+        except (UsageError, DataError):  # no row is left, or too few for the warm-up that was asked for
+            return None
+
+    def is_enough(tokens: int) -> bool:
+        task = task_of(tokens)
+        return task is None or fits(task, case.device, case.margin)
+
+    most = _largest(range(_SHORTEST, case.task.max_length, _SHORTEST), is_enough)
+    task = None if most is None else task_of(most)
+    if task is None:
+        return
+    lengths = case.task.lengths
+    rows = f"{lengths.longer_than(task.max_length):,} of {lengths.rows:,} rows are longer"
+    yield from case.tried(f"train.max_length: {task.max_length}", task, case.device, rows)
 
 
 def _narrower(case: _Case) -> Iterator[Remedy]:
@@ -227,9 +251,11 @@ def _on(case: _Case, device: Device) -> Task:
 
 def _allowed(case: _Case, device: Device) -> bool:
     """Whether what the user set can be had on `device`."""
-    pinned = case.task.pinned
-    return (pinned.quantize is None or device.kind in QUANTIZE_DEVICES[pinned.quantize]) and (
-        pinned.optimizer is None or device.kind in OPTIMIZER_DEVICES[pinned.optimizer]
+    pinned, task = case.task.pinned, _on(case, device)
+    return (
+        (pinned.quantize is None or device.kind in QUANTIZE_DEVICES[pinned.quantize])
+        and (pinned.optimizer is None or device.kind in OPTIMIZER_DEVICES[pinned.optimizer])
+        and (pinned.attention is None or pinned.attention in attentions(device, task.config, task.precision))
     )
 
 
@@ -241,6 +267,10 @@ def _machines(case: _Case) -> list[Device]:
     return sorted(found, key=lambda device: device.memory_gib)
 
 
+def _shown_by(device: Device) -> str:
+    return f"luthier plan ... --hardware {device.known_as} shows it"
+
+
 def _single_machine(case: _Case) -> Iterator[Remedy]:
     """The smallest machine with one device on which it fits: of the same kind, then of another."""
     by_kind = sorted(_machines(case), key=lambda device: device.kind != case.device.kind)
@@ -249,7 +279,8 @@ def _single_machine(case: _Case) -> Iterator[Remedy]:
         task = _on(case, device)
         if device.kind not in seen and fits(task, device, case.margin):
             seen.add(device.kind)
-            yield from case.tried(f"--hardware {device.known_as}", task, device, f"has {gib(device.memory_gib)}")
+            note = f"{gib(device.memory_gib)}, {_shown_by(device)}"
+            yield from case.tried(f"another machine, such as {device.known_as}", task, device, note)
 
 
 def _more_cards(case: _Case) -> Iterator[Remedy]:
@@ -264,6 +295,6 @@ def _more_cards(case: _Case) -> Iterator[Remedy]:
         device = known(f"{count}x{near.known_as}")
         task = _on(case, device)
         if count > case.device.count and fits(task, device, case.margin):
-            note = "planned only: this version trains on one device"
-            yield from case.tried(f"--hardware {device.known_as}", task, device, note)
+            note = f"planned only: this version trains on one device, {_shown_by(device)}"
+            yield from case.tried(f"several cards, such as {device.known_as}", task, device, note)
             return

@@ -35,8 +35,9 @@ from luthier.plan.footprint import Memory, Phase
 from luthier.plan.memory import predict_memory
 from luthier.plan.rows import Lengths
 from luthier.plan.settings import Attention, Optimizer, Quantize
+from luthier.plan.sizes import EVALUATION_TOKENS
 from luthier.plan.speed import Speed, predict_speed
-from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES
+from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES, attentions
 from luthier.plan.work import Sharding, Work
 
 __all__ = [
@@ -60,8 +61,6 @@ __all__ = [
 
 MARGIN = 0.08
 """Of the usable memory, what a plan leaves free: for the error of the prediction, and for what others take later."""
-
-_GROUP = 4096  # tokens of held-out rows that go through together (evaluate/loss.py)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Task:
     @cached_property
     def evaluation_tokens(self) -> int:
         """Of the largest group of held-out rows; 0 where nothing is held out."""
-        return min(max(_GROUP, self.longest), self.lengths.heaviest(self.eval_rows, self.max_length))
+        return min(max(EVALUATION_TOKENS, self.longest), self.lengths.heaviest(self.eval_rows, self.max_length))
 
 
 @dataclass(frozen=True)
@@ -156,18 +155,8 @@ def recomputed_layers(asked: bool | int | Literal["auto"], layers: int) -> int |
 
 
 def attention_on(device: Device, config: ModelConfig, precision: Precision) -> Attention:
-    """The backend of torch's scaled_dot_product_attention that serves this model on `device`.
-
-    Source: PyTorch's FlashAttention-2 needs compute capability 8.0 and 16 bits, and takes no mask, which a sliding
-    window needs; the memory-efficient kernels serve the rest. On a CPU torch has a flash kernel of its own that takes
-    all of these, on Apple's GPU none.
-    """
-    if device.kind == "mps":
-        return "math"
-    old = device.capability is not None and device.capability < (8, 0)
-    if device.kind == "cuda" and (old or precision == "fp32" or config.window is not None):
-        return "efficient"
-    return "flash"
+    """The backend of torch's scaled_dot_product_attention that is taken for this model on `device`."""
+    return attentions(device, config, precision)[0]
 
 
 def used_devices(device: Device) -> int:
@@ -218,6 +207,7 @@ def work_of(task: Task, device: Device, choice: Choice) -> Work:
         devices=devices,
         evaluation_tokens=task.evaluation_tokens,
         step_tokens=task.step_tokens,
+        batch_tokens=task.step_tokens / task.batch_size * choice.micro_batch if devices > 1 else 0.0,
         micro_batches=math.ceil(task.batch_size / (choice.micro_batch * devices)),
         dropout=task.dropout,
         labelled=task.labelled,

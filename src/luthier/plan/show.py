@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from luthier.hardware.device import GIB
 
-__all__ = ["amount", "duration", "gib"]
+__all__ = ["amount", "duration", "gib", "gib_up"]
 
 _MIB, _KIB = 2**20, 2**10
 
@@ -22,6 +24,11 @@ def amount(size: float) -> str:
 def gib(size: float) -> str:
     """An amount that stands in GiB already."""
     return amount(size * GIB)
+
+
+def gib_up(size: float) -> str:
+    """An amount in GiB that must not be too little: rounded up to a tenth."""
+    return f"{math.ceil(10 * size) / 10:,.1f} GiB"
 
 
 def _three(value: float) -> str:

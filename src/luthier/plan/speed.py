@@ -20,6 +20,14 @@ from dataclasses import dataclass
 from luthier.hardware.calibrate import estimate_rates
 from luthier.hardware.device import Device, DeviceKind, Precision, Rates
 from luthier.model.config import ModelConfig, parameters, projection_shapes
+from luthier.plan.sizes import (
+    CHUNK_LOGITS,
+    EVALUATION_TOKENS,
+    NF4_BITS,
+    adapter_parameters,
+    element_bytes,
+    layer_weights,
+)
 from luthier.plan.work import Work
 
 __all__ = ["Speed", "predict_speed"]
@@ -47,11 +55,16 @@ _LINK = 1e10
 _LARGE_BLOCK = 2**25
 """Blocks from here on go back to the system at once (glibc's largest M_MMAP_THRESHOLD, mallopt(3))."""
 
+_TOKENS_TIMED = 512
+_TOKENS_LOST = 45
+_AMONG_OTHERS = 1.15
+"""On a CPU: the tokens that products were timed with; as many tokens as packing a weight for the kernel is worth, which
+every product does anew (2,048 x 2,048 at 128 and 512 tokens, bf16 and fp32); and how much slower a product runs among
+others, whose operands take the caches, than timed alone (profiles of whole steps)."""
+
 _FULL_HEAD = 64
 """Head size below which attention's kernels run partly empty; measured on a CPU: the rate goes with the root of it."""
 
-_CHUNK_LOGITS = 2**25  # kernels/loss.py's, which cannot be imported here
-_EVALUATION_TOKENS = 4096
 _RECOMPUTE_OPERATIONS = 20  # of torch.utils.checkpoint for each layer, in operations
 _TENSOR_OPERATIONS = 4  # of clipping and update for each adapter tensor
 _OPTIMIZER_BYTES = {"adamw": 40, "adamw-8bit": 22, "paged-adamw-8bit": 22}
@@ -94,7 +107,7 @@ def predict_speed(work: Work, device: Device) -> Speed:
     rates = device.rates or estimate_rates(device)
     replicas = work.micro_batches * work.devices
     step_tokens = work.step_tokens or float(work.tokens * replicas)
-    tokens = max(step_tokens / replicas, 1.0)
+    tokens = max(work.batch_tokens or step_tokens / replicas, 1.0)
     model = _Model(work, rates, device.kind, tokens)
     forward, backward = model.forward(training=True), model.backward()
     layers, again = work.config.layers, work.recomputed
@@ -133,7 +146,7 @@ def predict_speed(work: Work, device: Device) -> Speed:
 
 def _evaluation(work: Work, rates: Rates, kind: DeviceKind) -> float:
     """Seconds for 1,000 held-out tokens that go through in groups, forward only."""
-    tokens = float(work.evaluation_tokens or min(work.tokens, _EVALUATION_TOKENS))
+    tokens = float(work.evaluation_tokens or min(work.tokens, EVALUATION_TOKENS))
     model = _Model(work, rates, kind, max(tokens, 1.0), whole=True)
     cost = model.forward(training=False).times(work.config.layers) + model.ends(training=False)
     host = cost.operations * rates.operation
@@ -151,18 +164,20 @@ class _Model:
         self.config = work.config
         self.shapes = projection_shapes(work.config)
         self.documents = _documents(work, tokens, whole)
-        self.stored = 4 if work.precision == "fp32" else 2
+        self.stored = element_bytes(work.precision)
         self.width = 4 if kind == "cpu" else self.stored  # bytes that the rates count for an element
         self.casts = 0 if work.precision == "fp32" else 1
+        few = (1 + _TOKENS_LOST / tokens) / (1 + _TOKENS_LOST / _TOKENS_TIMED)
+        self.context = _AMONG_OTHERS * few if kind == "cpu" else 1.0
 
     def elements(self, passes: float, wide: float = 0.0) -> float:
         """Seconds of reading or writing so many elements in the compute dtype, and `wide` ones in fp32."""
         return (passes * self.width + wide * 4) / self.rates.bandwidth
 
     def product(self, width: int, flops: float) -> float:
-        return flops / _rate(
-            self.rates, self.work.precision, [(r.precision, r.width, r.flops) for r in self.rates.matmul], width
-        )
+        """Seconds of a product with a weight whose smaller side is `width`."""
+        points = [(r.precision, r.width, r.flops) for r in self.rates.matmul]
+        return flops / _rate(self.rates, self.work.precision, points, width) * self.context
 
     def frozen(self) -> float:
         """Seconds of the seven products in one direction; the weights are read once."""
@@ -176,7 +191,7 @@ class _Model:
         """Seconds and operations of one pass through all weights of a layer that are held in NF4."""
         if self.work.quantize == "none":
             return 0.0, 0.0
-        return sum(out * inp for out, inp in self.shapes.values()) / self.rates.dequantize, 3.0 * len(self.shapes)
+        return layer_weights(self.config) / self.rates.dequantize, 3.0 * len(self.shapes)
 
     def forward(self, *, training: bool) -> _Cost:
         """One layer."""
@@ -233,7 +248,7 @@ class _Model:
         labelled = self.tokens * self.work.labelled
         logits = labelled * config.vocab_size
         products = self.product(config.hidden_size, 2.0 * logits * config.hidden_size) * (2 if training else 1)
-        chunks = math.ceil(logits / _CHUNK_LOGITS)
+        chunks = math.ceil(logits / CHUNK_LOGITS)
         weight = config.vocab_size * config.hidden_size * self.stored * chunks * (2 if training else 1)
         wide = (10 if training else 6) + (2 * self.casts if self.kind == "cpu" else self.casts)
         narrow = self.casts * (2 if training else 1) * (1 if self.kind == "cpu" else 2)
@@ -251,7 +266,7 @@ class _Model:
         """Seconds for the logits' blocks, which are too large for the allocator to keep."""
         if self.rates.fresh is None:
             return 0.0
-        chunk = min(logits, _CHUNK_LOGITS)
+        chunk = min(logits, CHUNK_LOGITS)
         narrow = self.stored * ((2 if training else 1) if self.casts else 1)  # logits; the error cast back
         wide = (4 if self.casts else 0) + 4  # logits in fp32; a copy inside of logsumexp
         total = 0.0
@@ -326,16 +341,14 @@ def _unneeded(config: ModelConfig) -> float:
 
 
 def _adapter_parameters(work: Work) -> int:
-    shapes = projection_shapes(work.config)
-    return work.config.layers * work.rank * sum(sum(shapes[name]) for name in work.targets)
+    return adapter_parameters(work.config, work.targets, work.rank)
 
 
 def _flops(work: Work, documents: Sequence[tuple[float, float]]) -> float:
     """Of one micro-batch."""
     config = work.config
-    shapes = projection_shapes(config)
     tokens = sum(count * length for count, length in documents)
-    layer = sum(out * inp for out, inp in shapes.values())
+    layer = layer_weights(config)
     pairs = sum(count * length * length for count, length in documents)
     adapter = tokens * _adapter_parameters(work)
     forward = config.layers * (2 * tokens * layer + 2 * pairs * config.heads * config.head_dim) + 2 * adapter
@@ -364,8 +377,7 @@ def _gathered(work: Work) -> float:
     """Bytes of weights that each device receives in a micro-batch under FSDP: forward, and again backward."""
     if work.sharding != "fsdp" or work.devices == 1:
         return 0.0
-    linear = work.config.layers * sum(out * inp for out, inp in projection_shapes(work.config).values())
-    stored = 4.0 if work.precision == "fp32" else 2.0
-    held = linear * (4.127 / 8 if work.quantize == "nf4" else stored)
+    linear, stored = work.config.layers * layer_weights(work.config), float(element_bytes(work.precision))
+    held = linear * (NF4_BITS / 8 if work.quantize == "nf4" else stored)
     held += (parameters(work.config) - linear) * stored
     return 2 * (work.devices - 1) / work.devices * held

@@ -1,17 +1,27 @@
-"""What runs on which device, of the things that need kernels of their own (bitsandbytes'). The plan refuses by it, and
-so does training, which may be called without a plan.
+"""What runs on which device, of the things that need kernels of their own (bitsandbytes', torch's attention). The plan
+refuses by it, and so does training, which may be called without a plan.
 
 Source: bitsandbytes 0.50: 8-bit optimizers have kernels for CPU and CUDA, and only CUDA pages memory to the host. NF4
-is used on CPU and CUDA, where this project's parity tests hold it against transformers.
+is used on CPU and CUDA, where this project's parity tests hold it against transformers. PyTorch's FlashAttention-2
+needs compute capability 8.0 and 16 bits, and takes no mask, which a sliding window needs; its memory-efficient kernels
+serve the rest of CUDA. On a CPU it has a flash kernel of its own that takes all of these, on Apple's GPU none.
 """
 
 from __future__ import annotations
 
 from luthier.errors import UsageError
-from luthier.hardware.device import DeviceKind
-from luthier.plan.settings import Optimizer, Quantize
+from luthier.hardware.device import Device, DeviceKind, Precision
+from luthier.model.config import ModelConfig
+from luthier.plan.settings import Attention, Optimizer, Quantize
 
-__all__ = ["OPTIMIZER_DEVICES", "QUANTIZE_DEVICES", "check_optimizer", "check_quantize"]
+__all__ = [
+    "OPTIMIZER_DEVICES",
+    "QUANTIZE_DEVICES",
+    "attentions",
+    "check_attention",
+    "check_optimizer",
+    "check_quantize",
+]
 
 OPTIMIZER_DEVICES: dict[Optimizer, tuple[DeviceKind, ...]] = {
     "adamw": ("cpu", "cuda", "mps"),
@@ -36,5 +46,27 @@ def check_quantize(name: Quantize, device: DeviceKind) -> None:
     if device not in QUANTIZE_DEVICES[name]:
         raise UsageError(
             f"quantize: {name} needs {' or '.join(QUANTIZE_DEVICES[name])}, and this run is on {device}",
-            "set quantize to none, with a model whose weights fit unquantised",
+            f"a machine with {' or '.join(QUANTIZE_DEVICES[name])}, also to evaluate or resume a run that has such a "
+            "base; a new run can have quantize: none, where the weights fit unquantised",
+        )
+
+
+def attentions(device: Device, config: ModelConfig, precision: Precision) -> tuple[Attention, ...]:
+    """The backends of attention that serve this model on `device`, the best first."""
+    if device.kind == "mps":
+        return ("math",)
+    old = device.capability is not None and device.capability < (8, 0)
+    if device.kind == "cuda" and (old or precision == "fp32" or config.window is not None):
+        return ("efficient", "math")
+    return ("flash", "efficient", "math")
+
+
+def check_attention(name: Attention, device: Device, config: ModelConfig, precision: Precision) -> None:
+    """Raise UsageError, with those that are there: torch itself would take another one and not say so."""
+    able = attentions(device, config, precision)
+    if name not in able:
+        window = " and a sliding window" if config.window is not None else ""
+        raise UsageError(
+            f"train.attention: {name} is not there on {device.name} for {precision}{window}",
+            f"set train.attention to one of: auto, {', '.join(able)}",
         )

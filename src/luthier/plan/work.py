@@ -22,8 +22,9 @@ class Work:
     tokens: of the largest micro-batch (on one device). longest: tokens of the longest document in it. documents: how
     many it has. recomputed: layers whose activations are computed a second time, from the first on.
     evaluation_tokens: of the largest group of held-out rows that goes through together, 0: nothing is held out.
-    step_tokens: of an average optimizer step on all devices. micro_batches: of a step, on each device. labelled: the
-    share of tokens that have a label; the others never reach the head.
+    step_tokens: of an average optimizer step on all devices. batch_tokens: of an average micro-batch where there are
+    several devices, which a batch need not fill evenly; 0: step_tokens / micro_batches. micro_batches: of a step, on
+    the fullest device. labelled: the share of tokens that have a label; the others never reach the head.
     """
 
     config: ModelConfig
@@ -41,6 +42,7 @@ class Work:
     devices: int = 1
     evaluation_tokens: int = 0
     step_tokens: float = 0.0
+    batch_tokens: float = 0.0
     micro_batches: int = 1
     dropout: float = 0.0
     labelled: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 
 from pydantic import BaseModel
 
@@ -32,7 +32,10 @@ class _Proof(BaseModel):
 
 
 def measured(events: Path, peaks: Mapping[str, float]) -> Measured:
-    """The figures of all sittings in `events`; `peaks` (GiB by phase) are of this one."""
+    """The figures of all sittings in `events`; `peaks` (GiB by phase) are of this one.
+
+    What is predicted is an average step, so step_seconds is the mean; without the first, which warms up.
+    """
     steps: list[_Step] = []
     proof: Proof | None = None
     for line in events.read_bytes().splitlines():
@@ -45,7 +48,7 @@ def measured(events: Path, peaks: Mapping[str, float]) -> Measured:
     seconds = sum(step.seconds for step in steps)
     return Measured(
         peaks=dict(peaks),
-        step_seconds=median(step.seconds for step in steps) if steps else None,
+        step_seconds=fmean(step.seconds for step in steps[1:] or steps) if steps else None,
         tokens_per_second=sum(step.tokens for step in steps) / seconds if steps else None,
         proof=proof,
     )

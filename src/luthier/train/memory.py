@@ -30,7 +30,7 @@ class Memory:
 
 def reset_peaks(device: torch.device) -> None:
     """Begin a new interval for the peak figures, where the system has them: CUDA, and a CPU under Linux."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else nothing to reset
         torch.cuda.reset_peak_memory_stats(device)
     if device.type == "cpu" and _CLEAR.exists():
         with suppress(OSError):  # where it may not be written, the interval is the process's life: said in memory_peak
@@ -38,10 +38,14 @@ def reset_peaks(device: torch.device) -> None:
 
 
 def memory_peak(device: torch.device) -> Memory:
-    """CUDA: the peaks since `reset_peaks`. MPS: what is held now. CPU: the peak of the resident set, under Linux since
-    `reset_peaks`, elsewhere since the process began."""
-    if device.type != "cpu":
+    """CUDA: the peaks since `reset_peaks`. MPS, which counts no peaks: all three are what the driver holds, which stays
+    what it was at the fullest. CPU: the peak of the resident set, under Linux since `reset_peaks`, elsewhere since
+    the process began."""
+    if device.type == "cuda":
         return memory_now(device)
+    if device.type == "mps":
+        held = memory_now(device).reserved
+        return Memory(held, held, held)
     if _STATUS.exists():
         found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
         if found is not None:
@@ -75,8 +79,14 @@ def memory_now(device: torch.device) -> Memory:
     return Memory(resident, resident, resident)
 
 
+_WORDS = (
+    *("DefaultCPUAllocator: can't allocate memory", "out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),  # no room for these libraries' own buffers
+)
+
+
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """torch has a class of its own for CUDA's allocator only; the others' errors are known by what they say."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate memory", "out of memory"))
+    return any(words in str(error) for words in _WORDS)

@@ -165,18 +165,25 @@ class Session:
         message = (
             f"out of memory with {self._ways(failed)} ({load.tokens:,} tokens at once): trying {self._ways(following)}"
         )
-        self.tell(WarningEvent(step=self.progress.step, message=f"{message}, which gives the same result"))
+        same = self._same(failed, following)
+        self.tell(WarningEvent(step=self.progress.step, message=f"{message}, which has {same}"))
 
     def _ways(self, settings: Settings) -> str:
         layers = self.trainee.decoder.config.layers
         return f"micro_batch {settings.micro_batch} and {settings.checkpointing} of {layers} layers recomputed"
+
+    @staticmethod
+    def _same(planned: Settings, now: Settings) -> str:
+        """What stays as it was."""
+        masks = ", but for dropout's masks" if planned.dropout and planned.micro_batch != now.micro_batch else ""
+        return f"the same batches and gradient{masks}"
 
     def _adopt(self, planned: Settings, load: Load) -> None:
         """Make the settings that fit the run's, on disk too, before anything is trained with them."""
         self.identity = identify(self.settings, self.dataset, self.identity.base)
         reason = (
             f"Out of memory in the proof with {self._ways(planned)}; "
-            f"{self._ways(self.settings)} fits and gives the same result."
+            f"{self._ways(self.settings)} fits and has {self._same(planned, self.settings)}."
         )
         if self.hooks.adopt is not None:
             self.hooks.adopt(Adopted(self.settings, load, reason))

@@ -97,7 +97,7 @@ def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: G
 
 def add_gradient(decoder: Decoder, micro_batch: Batch, weight: float, scaler: GradScaler | None) -> torch.Tensor:
     """One micro-batch forward and backward; returns the sum of its losses, which the gradient divides by `weight`."""
-    batch = micro_batch.to(decoder.device)
+    batch = micro_batch.on(decoder.device, decoder.dtype)
     hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
     summed = decoder.kernels.linear_cross_entropy(
         hidden_TD, decoder.head_weight, batch.labels_T, weights_N=batch.weights_T
