@@ -57,10 +57,10 @@ _LARGE_BLOCK = 2**25
 
 _TOKENS_TIMED = 512
 _TOKENS_LOST = 45
-_AMONG_OTHERS = 1.15
+_AMONG_OTHERS = 1.2
 """On a CPU: the tokens that products were timed with; as many tokens as packing a weight for the kernel is worth, which
-every product does anew (2,048 x 2,048 at 128 and 512 tokens, bf16 and fp32); and how much slower a product runs among
-others, whose operands take the caches, than timed alone (profiles of whole steps)."""
+every product does anew (2,048 x 2,048 at 128 and 512 tokens, bf16 and fp32); and how much slower operations run among
+others, whose operands take the caches, than timed alone: whole steps against the sum of their parts (benchmarks/)."""
 
 _FULL_HEAD = 64
 """Head size below which attention's kernels run partly empty; measured on a CPU: the rate goes with the root of it."""
@@ -121,7 +121,7 @@ def predict_speed(work: Work, device: Device) -> Speed:
     gather = max(0.0, _gathered(work) / link - batch.seconds - host)
     optimizer = _optimizer(work, rates)
     n = work.micro_batches
-    parts = (
+    parts: tuple[tuple[str, float], ...] = (
         ("frozen products", n * once.products),
         ("adapter", n * once.adapter),
         ("attention", n * once.attention),
@@ -133,6 +133,8 @@ def predict_speed(work: Work, device: Device) -> Speed:
         ("communication", n * gather + _reduced(work) / link),
         ("optimizer", optimizer),
     )
+    together = _AMONG_OTHERS if device.kind == "cpu" else 1.0
+    parts = tuple((name, part if name == "host" else together * part) for name, part in parts)  # host: timed as a layer
     seconds = max(sum(part for _, part in parts), 1e-9)
     return Speed(
         step_seconds=seconds,
@@ -150,7 +152,8 @@ def _evaluation(work: Work, rates: Rates, kind: DeviceKind) -> float:
     model = _Model(work, rates, kind, max(tokens, 1.0), whole=True)
     cost = model.forward(training=False).times(work.config.layers) + model.ends(training=False)
     host = cost.operations * rates.operation
-    return 1000 / model.tokens * (cost.seconds + host if kind == "cpu" else max(cost.seconds, host))
+    seconds = _AMONG_OTHERS * cost.seconds + host if kind == "cpu" else max(cost.seconds, host)
+    return 1000 / model.tokens * seconds
 
 
 class _Model:
@@ -168,7 +171,7 @@ class _Model:
         self.width = 4 if kind == "cpu" else self.stored  # bytes that the rates count for an element
         self.casts = 0 if work.precision == "fp32" else 1
         few = (1 + _TOKENS_LOST / tokens) / (1 + _TOKENS_LOST / _TOKENS_TIMED)
-        self.context = _AMONG_OTHERS * few if kind == "cpu" else 1.0
+        self.few = few if kind == "cpu" else 1.0
 
     def elements(self, passes: float, wide: float = 0.0) -> float:
         """Seconds of reading or writing so many elements in the compute dtype, and `wide` ones in fp32."""
@@ -177,7 +180,7 @@ class _Model:
     def product(self, width: int, flops: float) -> float:
         """Seconds of a product with a weight whose smaller side is `width`."""
         points = [(r.precision, r.width, r.flops) for r in self.rates.matmul]
-        return flops / _rate(self.rates, self.work.precision, points, width) * self.context
+        return flops / _rate(self.rates, self.work.precision, points, width) * self.few
 
     def frozen(self) -> float:
         """Seconds of the seven products in one direction; the weights are read once."""
