@@ -7,8 +7,8 @@ Every configuration is a run of its own, from the recipe to plan.json, whose `me
 Rows are texts cut to the length, so the largest micro-batch is every micro-batch; time is the median step but the
 first. The machine's rates are calibrated before and after each run, since machines like the one this was written on
 change their speed for minutes; a run in which the two disagree by more than a tenth is done once more, and the table
-has what they disagree by in the end. Prints the table, the largest errors last, and writes results/plan_cpu.json;
---again measures once more what was in doubt, and keeps what was seen before as `earlier`.
+has what they disagree by in the end. Prints the table, the largest errors last, and writes results/plan_cpu.json as it
+goes; --again measures what is missing or was in doubt, and keeps what was seen before as `earlier`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ CASES = [
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     args.add_argument("work", type=Path)
-    args.add_argument("--shapes", default="8m,135m,1b", help="others than all: nothing is written")
-    args.add_argument("--again", action="store_true", help="what drifted or was off in the results, kept as earlier")
+    args.add_argument("--shapes", default="8m,135m,1b", help="only these")
+    args.add_argument("--again", action="store_true", help="what is missing, drifted or was off in results/")
     args.add_argument("--tries", type=int, default=2)
     args.add_argument("--steps", type=int, default=5)
     options = args.parse_args()
@@ -76,20 +76,20 @@ def main() -> None:
     known: dict[str, dict[str, Any]] = {}
     if options.again:
         known = {one["case"]: one for one in json.loads(RESULTS.read_text(encoding="utf-8"))["results"]}
-        chosen = [case for case in CASES if doubtful(known[str(case)])]
+        chosen = [case for case in chosen if str(case) not in known or doubtful(known[str(case)])]
     os.environ["GLIBC_TUNABLES"] = TUNABLES  # as the command sets it; here it saves starting twice
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(options.work / "chat.jsonl", Path(folder))
         before = calibrated()
+        results = list(known.values())
         for case in chosen:
             result, before = measure(case, rows, Path(folder), options, before)
             if str(case) in known:
                 once = known[str(case)]
                 result["earlier"] = [*once.get("earlier", []), {key: once[key] for key in ("time_error", "drift")}]
             known[str(case)] = result
-    results = [known[str(case)] for case in CASES if str(case) in known]
-    if len(results) == len(CASES):
-        write(results)
+            results = [known[str(one)] for one in CASES if str(one) in known]
+            write(results)
     steady = [one for one in results if one["drift"] <= AGREE]
     print(f"of the {len(steady)} during which the machine kept its speed: time {largest(steady, 'time_error')}")
     print(f"largest error of all: memory {largest(results, 'memory_error')}, time {largest(results, 'time_error')}")
