@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from luthier.hardware.device import Device
     from luthier.model.config import ModelConfig
     from luthier.plan.choose import DataFacts, Epoch
-    from luthier.plan.decision import Decision
     from luthier.plan.plan import Plan
     from luthier.recipe.schema import Recipe
 
@@ -28,9 +27,6 @@ __all__ = ["THIS", "Prepared", "device_for", "prepare"]
 
 THIS = "this"
 """The name of the machine at hand, in a recipe's `hardware` and on the command line."""
-
-_ROOMY = 2.0**20
-"""GiB, more than any plan needs, and a number that no other text has."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +172,7 @@ def _chosen(
     except FitError as error:
         if pins is None:
             raise
-        roomy = replace(device, free_gib=None, memory_gib=_ROOMY, host_gib=None, disk_gib=None)
-        plan = choose(recipe, roomy, config, facts, margin=0.0)
+        plan = choose(recipe, device, config, facts, must_fit=False)
         needed = max(phase.gib for phase in plan.memory.phases if phase.name != "train")
         if pins.resume:
             said = f"{error.message}. This run began with these settings, so they are kept."
@@ -185,18 +180,7 @@ def _chosen(
         elif needed > device.usable_gib:
             said = f"evaluating needs {needed:.3g} GiB, and {device.name} has {device.usable_gib:.3g} GiB for it"
             console.say(f"[bold]careful:[/] {escape(said)}. It is tried.")
-        told = tuple(_of_this_machine(one, roomy, device) for one in plan.decisions)
-        return replace(plan, device=device, decisions=told)
-
-
-def _of_this_machine(one: Decision[object], roomy: Device, device: Device) -> Decision[object]:
-    """A decision that was taken for `roomy`, with the memory of `device` in its reason."""
-    from luthier.plan.fitting import held_by_others, room
-
-    memory, held = room(device, 0.0), ""
-    if one.setting == "hardware":
-        memory, held = f"{device.memory_gib:.3g} GiB", held_by_others(device)
-    return replace(one, reason=one.reason.replace(room(roomy, 0.0), memory) + held)
+        return plan
 
 
 def _facts(dataset: Dataset) -> DataFacts:

@@ -33,7 +33,16 @@ from luthier.plan.schedule import (
     choose_steps,
     choose_warmup,
 )
-from luthier.plan.search import MARGIN, Candidate, Pinned, Task, recomputed_layers, search, used_devices
+from luthier.plan.search import (
+    MARGIN,
+    Candidate,
+    Pinned,
+    Task,
+    recomputed_layers,
+    search,
+    used_devices,
+    without_limits,
+)
 from luthier.plan.settings import Settings
 from luthier.plan.sizes import adapter_parameters
 from luthier.plan.support import check_attention, check_optimizer, check_quantize
@@ -146,11 +155,12 @@ def choose(
     facts: DataFacts,
     *,
     margin: float = MARGIN,
+    must_fit: bool = True,
 ) -> Plan:
     """Resolve every setting of `recipe` so that `margin` of the device's usable memory stays free.
 
     Raises:
-        FitError: nothing fits; says what is needed, and which changes would help.
+        FitError: nothing fits, and it `must_fit`; says what is needed, and which changes would help.
         UsageError: a setting cannot be with this model or these rows (see rows.py and schedule.py), or this device.
         DataError: there are no rows to train on.
     """
@@ -162,7 +172,7 @@ def choose(
     adapter = _choose_adapter(recipe, config, facts)
     course = _choose_course(recipe, config, facts)
     task = _task(recipe, device, config, facts, precision.value, adapter, course)
-    best = search(task, device, margin)
+    best = search(task, device, margin) or (None if must_fit else search(task, without_limits(device), margin=0.0))
     if best is None:
 
         def shorter(tokens: int) -> Task:

@@ -24,7 +24,7 @@ from luthier.plan.show import amount, duration
 from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES
 from luthier.recipe.schema import Recipe
 
-__all__ = ["Found", "decide", "held_by_others", "room"]
+__all__ = ["Found", "decide", "held_by_others"]
 
 _QUALITY = "QLoRA's authors found 16-bit quality kept, LoftQ's found a gap: sources conflict"
 

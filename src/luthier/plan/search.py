@@ -57,6 +57,7 @@ __all__ = [
     "search",
     "shortfalls",
     "used_devices",
+    "without_limits",
 ]
 
 MARGIN = 0.08
@@ -270,6 +271,11 @@ def _order(one: Candidate) -> tuple[float, int, int, int]:
     """The best first; a tie goes to a replica on each device before one cut over all."""
     choice = one.choice
     return one.speed.step_seconds, choice.recomputed, -choice.micro_batch, int(choice.sharding == "fsdp")
+
+
+def without_limits(device: Device) -> Device:
+    """A device of this kind that everything fits."""
+    return replace(device, free_gib=None, memory_gib=math.inf, host_gib=None, disk_gib=None)
 
 
 def search(task: Task, device: Device, margin: float = MARGIN) -> Candidate | None:
