@@ -10,12 +10,19 @@ JOBS ?= 2
 MARKS := $(if $(CI),not slow or ci,not slow)
 CXX_FOUND := $(shell command -v c++ || command -v g++ || command -v clang++)
 
-.PHONY: help demo test test-slow check lock clean
+# Where the workloads and the peer's script are, and what `make bench` and `make scaling` are told beyond that.
+SHARED ?= ../shared
+OPTIONS ?=
+PEER := .venv-peer/bin/python
+
+.PHONY: help demo test test-slow check bench scaling lock clean
 
 help:
 	@echo "make demo       tune the bundled model on the bundled data, before and after, in about four minutes"
 	@echo "make test       the test suite (make test-slow: the slow tier too)"
 	@echo "make check      ruff, mypy --strict, import directions, file and function budgets"
+	@echo "make bench      speed and memory beside TRL on this machine, about half an hour (OPTIONS=--again: go on)"
+	@echo "make scaling    tokens a second by the length of rows and by their number"
 	@echo "make lock       refresh requirements.lock"
 
 # torch goes first and alone: what depends on it must find the pinned build already there.
@@ -25,7 +32,7 @@ help:
 	@$(PIP) torch==2.13.0
 	@touch $@
 
-.venv/.package: .venv/.torch pyproject.toml
+.venv/.package: .venv/.torch pyproject.toml setup.py $(wildcard src/luthier/kernels/native/*.[ch])
 	@echo "installing luthier and what it needs"
 	@$(PIP) -e .
 	@touch $@
@@ -62,8 +69,29 @@ check: .venv/.dev
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/structure
 
+# The peer has an environment of its own, so that neither side has the other's libraries in its process.
+.venv-peer/.ready: requirements.lock
+	@test -x $(PEER) || { echo "making .venv-peer"; $(PYTHON) -m venv .venv-peer; }
+	@echo "installing the peer: torch, then TRL, PEFT and bitsandbytes (first time only: a few minutes)"
+	@$(PEER) -m pip --disable-pip-version-check install --quiet -c requirements.lock torch==2.13.0
+	@$(PEER) -m pip --disable-pip-version-check install --quiet -c requirements.lock \
+	  trl peft bitsandbytes datasets transformers matplotlib==3.10.9
+	@touch $@
+
+build/bench/.workloads: $(SHARED)/bench/make_workload.py | .venv/.package
+	@echo "making the workloads: random weights of real shapes (first time only: 3 GB)"
+	@mkdir -p build/bench
+	@$(BIN)/python $(SHARED)/bench/make_workload.py build/bench/work --shapes 8m,135m,1b
+	@touch $@
+
+bench: .venv/.package .venv-peer/.ready build/bench/.workloads
+	@$(BIN)/python benchmarks/speed.py build/bench/work --shared $(SHARED) --peer-python $(PEER) $(OPTIONS)
+
+scaling: .venv/.package .venv-peer/.ready build/bench/.workloads
+	@$(BIN)/python benchmarks/scaling.py build/bench/work --peer-python $(PEER) $(OPTIONS)
+
 lock: .venv/.dev
 	@$(BIN)/python scripts/lock.py > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-peer build dist src/*.egg-info
