@@ -29,7 +29,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     already, estimated: training commands would measure it for three seconds first."""
     os.environ["LUTHIER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("luthier.hardware.measure.measure", lambda device, _: estimate_rates(device))
+        patch.setattr("luthier.hardware.measure.measure", lambda device, *_: estimate_rates(device))
         calibrate(this_device())
 
 

@@ -28,7 +28,7 @@ def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> tupl
 def test_it_multiplies_by_the_dequantised_weight(dtype: torch.dtype) -> None:
     linear, _ = layer(80, 33, dtype)
     x = torch.randn(5, 80).to(dtype)
-    wanted = torch.nn.functional.linear(x.double(), linear.dequantized().double(), linear.bias.double())  # type: ignore[union-attr]
+    wanted = torch.nn.functional.linear(x.double(), linear.dense().double(), linear.bias.double())  # type: ignore[union-attr]
     # one rounding to the compute dtype of numbers up to 40; 80 additions in fp32, sqrt(80) x 40 x 2^-24 = 2e-5
     torch.testing.assert_close(linear(x).double(), wanted, atol=40 * torch.finfo(dtype).eps + 2e-5, rtol=0)
 
@@ -37,11 +37,11 @@ def test_the_levels_are_nf4s() -> None:
     """Half the widest gap between two of the 16 levels, which is 0.3038, times the block's largest weight, and the
     8-bit scale's own error of at most 1 %."""
     linear, weight = layer(128, 64)
-    error = (linear.dequantized() - weight).view(-1, 64).abs().amax(1)
+    error = (linear.dense() - weight).view(-1, 64).abs().amax(1)
     largest = weight.view(-1, 64).abs().amax(1)
     assert (error <= largest * (0.3038 / 2 + 0.02)).all()
     assert error.mean() > 0.05 * largest.mean()  # 4 bits, not 8
-    assert len(torch.unique(linear.dequantized().view(-1, 64)[0])) <= 16
+    assert len(torch.unique(linear.dense().view(-1, 64)[0])) <= 16
 
 
 def test_it_takes_four_bits_and_an_eighth() -> None:
@@ -80,7 +80,7 @@ def test_the_gradient_goes_through_to_the_input_only() -> None:
     x = torch.randn(5, 80, requires_grad=True)
     out = torch.randn(5, 33)
     (linear(x) * out).sum().backward()
-    torch.testing.assert_close(x.grad, out @ linear.dequantized(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(x.grad, out @ linear.dense(), atol=1e-4, rtol=1e-5)
     assert not any(weight.requires_grad for weight in linear.parameters())
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
-from luthier.data.batches import Batch, pack
+from luthier.data.batches import ROWS, Batch, pack
 from luthier.data.conversation import Example
 from luthier.evaluate.loss import held_out_loss
 from luthier.hardware.device import DeviceKind
-from luthier.kernels import kernels_with
+from luthier.kernels import batched, kernels_with
 from luthier.kernels.attention import only_math
+from luthier.kernels.choose import TORCH, kernels_for
 from luthier.kernels.loss import CHUNK_LOGITS as LOSS_CHUNK
+from luthier.model.by_hand import layer_by_hand
 from luthier.model.config import PROJECTIONS, ModelConfig
 from luthier.model.decoder import Decoder
 from luthier.model.load import load_decoder
@@ -44,7 +49,7 @@ def batch_of(lengths: tuple[int, ...], vocabulary: int) -> Batch:
     return pack([Example(ids=ids, labels=ids, row=row) for row, ids in enumerate(rows)])
 
 
-def kept(decoder: Decoder, batch: Batch) -> int:
+def kept(decoder: Decoder, batch: Batch, *, recompute: bool = False) -> int:
     """Bytes that a forward pass through the layers keeps for the backward pass, each storage once; no parameter, and
     none of the tables that all layers share."""
     shared = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
@@ -60,8 +65,11 @@ def kept(decoder: Decoder, batch: Batch) -> int:
 
     h_TD = torch.nn.functional.embedding(batch.ids_T, decoder.model.embed_tokens.weight).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        for layer in decoder.model.layers:
-            h_TD = layer(h_TD, positions)
+        for layer in decoder.layers:
+            if decoder.kernels.by_hand is None:
+                h_TD = layer(h_TD, positions)
+            else:
+                h_TD = layer_by_hand(layer, h_TD, positions, None, recompute=recompute)
     return sum(size for size, _ in found.values())
 
 
@@ -106,6 +114,89 @@ def test_a_layer_keeps_what_the_formula_says(case: str, family: str, tmp_path: P
     assert predicted == pytest.approx(measured, rel=0.02), f"{predicted / measured:.3f} of what is kept"
 
 
+BY_HAND = [case for case in CASES if "math" not in case and case != "efficient"]
+
+
+def tuned(folder: Path, asked: dict[str, object], name: str) -> Decoder:
+    """With a LoRA, and the kernels of that name; skips where these are not there."""
+    dtype = DTYPES[str(asked["precision"])]
+    decoder = load_decoder(folder, dtype=dtype)
+    add_lora(decoder, LoRASpec(asked["rank"], 7.0, asked["dropout"], asked["targets"]), 0)  # type: ignore[arg-type]
+    decoder.train()
+    kernels = TORCH if name == "torch" else kernels_for(torch.device("cpu"), dtype).kernels
+    if not kernels.name.startswith(name):
+        pytest.skip("the C kernels are not compiled here")
+    decoder.use(kernels)
+    return decoder
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize("case", BY_HAND)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_layer_by_hand_keeps_what_the_formula_says(
+    case: str, family: str, name: str, recompute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LUTHIER_KERNELS", raising=False)
+    folder = tiny.make_model(tmp_path / family, family)
+    usual: dict[str, object] = {"precision": "bf16", "targets": PROJECTIONS, "rank": 5, "dropout": 0.0}
+    asked = {"lengths": (121,), **usual, **CASES[case]}
+    lengths = asked.pop("lengths")
+    assert isinstance(lengths, tuple)
+    decoder = tuned(folder, asked, name)
+    planned = work(
+        decoder.config, tokens=sum(lengths), longest=max(lengths), documents=len(lengths), kernels=name, **asked
+    )
+    formula = activations.recomputed_bytes if recompute else activations.kept_bytes
+    measured = kept(decoder, batch_of(lengths, decoder.config.vocab_size), recompute=recompute)
+    assert decoder.config.layers * formula(planned) == measured
+
+
+SHAPE = ModelConfig("llama", 4000, 192, 512, 2, 6, 2, 32, tied=True, max_positions=4096)
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes that torch holds at most during the call, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = call()
+    found = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    told = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    del result
+    return max(accumulate((size for _, size in told), initial=0))
+
+
+@pytest.mark.parametrize("lengths", [(512,), (128,) * 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_fullest_moments_of_a_layer_by_hand(
+    precision: str, name: str, dropout: float, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward, and the loss; the adapter's own gradients, a part of their own in the plan, are left out."""
+    monkeypatch.delenv("LUTHIER_KERNELS", raising=False)
+    decoder = Decoder(SHAPE).to(DTYPES[precision])
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    add_lora(decoder, LoRASpec(8, 8.0, dropout), 0)
+    decoder.train()
+    kernels = TORCH if name == "torch" else kernels_for(torch.device("cpu"), decoder.dtype).kernels
+    if not kernels.name.startswith(name):
+        pytest.skip("the C kernels are not compiled here")
+    decoder.use(kernels)
+    ids_T = torch.arange(512)
+    h_TD = torch.randn(512, 192).to(decoder.dtype).requires_grad_()
+    asked = {"precision": precision, "rank": 8, "dropout": dropout, "kernels": name}
+    planned = work(SHAPE, tokens=512, longest=max(lengths), documents=len(lengths), **asked)
+    out_TD = layer_by_hand(decoder.layers[1], h_TD, decoder._positions(ids_T, lengths, None), None, recompute=False)
+    grad_TD = torch.ones_like(out_TD)
+    of_adapter = sum(4 * leaf.numel() for leaf in lora_parameters(decoder).values()) // SHAPE.layers
+    measured = peak_of(lambda: torch.autograd.grad(out_TD, [h_TD], grad_TD)) + grad_TD.nbytes - of_adapter
+    assert activations.backward_bytes(planned) == pytest.approx(measured, rel=0.12)
+    loss = decoder.kernels.linear_cross_entropy
+    measured = peak_of(lambda: loss(h_TD, decoder.head_weight, ids_T)) + 2 * h_TD.nbytes
+    assert activations.loss_bytes(planned, tokens=512, trains=True) == pytest.approx(measured, rel=0.05)
+
+
 def test_state_is_what_the_optimizer_allocates(tiny_llama: Path) -> None:
     decoder = load_decoder(tiny_llama, dtype=torch.float32)
     add_lora(decoder, LoRASpec(6, 7.0), 0)
@@ -145,6 +236,10 @@ def test_weights_are_what_is_loaded(tiny_llama: Path, quantize: str) -> None:
 
 def test_the_chunk_of_logits_is_the_loss_s_own() -> None:
     assert sizes.CHUNK_LOGITS == LOSS_CHUNK
+    assert sizes.SCORES == batched.SCORES
+    assert sizes.ROWS == ROWS
+    source = Path(batched.__file__).with_name("cuda.py").read_text(encoding="utf-8")  # it needs triton to be imported
+    assert f"_LOGITS = 2**{sizes.CUDA_CHUNK_LOGITS.bit_length() - 1}\n" in source
 
 
 def test_the_group_of_held_out_rows_is_the_evaluation_s_own() -> None:
@@ -160,6 +255,7 @@ _works = st.builds(
     quantize=st.sampled_from(["none", "nf4"]),
     optimizer=st.sampled_from(["adamw", "adamw-8bit"]),
     attention=st.sampled_from(["flash", "efficient", "math"]),
+    kernels=st.sampled_from(["native", "torch", "cuda", "reference"]),
     evaluation_tokens=st.integers(0, 5000),
 )
 _kinds = st.sampled_from(["cpu", "cuda", "mps"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from luthier.hardware.catalogue import known
 from luthier.hardware.device import AttentionRate, Device, MatmulRate, Precision, Rates
-from luthier.hardware.measure import LAYER_OPERATIONS
+from luthier.hardware.timed import LAYER_OPERATIONS
 from luthier.model.config import PROJECTIONS, ModelConfig
 from luthier.plan.speed import predict_speed
 from luthier.plan.work import Work

@@ -99,8 +99,8 @@ def test_alias_bomb_and_large_file_are_refused_at_once(refused: Refused) -> None
     [
         ("seed: true", "`seed` must be a whole number from 0 and below 4294967296; it is the truth value true", None),
         ('seed: "3"', "`seed` must be a whole number from 0 and below 4294967296; it is the text '3'", None),
-        ("quantize: nf5", "`quantize` must be auto, none or nf4; it is the text 'nf5'", "did you mean `nf4`?"),
-        ("quantize: null", "`quantize` must be auto, none or nf4; it is empty (null)", None),
+        ("quantize: nf5", "`quantize` must be auto, none, nf4 or fp8; it is the text 'nf5'", "did you mean `nf4`?"),
+        ("quantize: null", "`quantize` must be auto, none, nf4 or fp8; it is empty (null)", None),
         ("train: 3", "`train` must be a mapping; it is the number 3", None),
         ("train: {steps: 1.5}", "`train.steps` must be a whole number from 1 or null; it is the number 1.5", None),
         (

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": set(),
     "model.config": set(),
     "plan": {"recipe", "hardware", "model.config"},
-    "kernels": set(),
+    "kernels": {"hardware"},  # which of the compiled ones this processor runs
     "data": {"recipe"},
     "model": {"recipe", "kernels", "model.config"},
     "train": {"plan", "data", "model", "model.config", "kernels", "recipe", "hardware", "evaluate.loss"},
@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "evaluate.loss",
         "export",
+        "kernels",
     },
 }
 TORCH_FREE = ("recipe", "hardware", "plan", "cli")

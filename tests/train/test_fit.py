@@ -27,7 +27,8 @@ METAL = RuntimeError(
 
 @dataclass
 class Fills(Recorder):
-    """After `at` updates the first layer runs out of memory, in training or only in evaluation."""
+    """After `at` updates the last norm runs out of memory, in training or only in evaluation. (A layer that is written
+    by hand is not called as a module.)"""
 
     decoder: Decoder | None = None
     error: Exception | None = None
@@ -37,10 +38,10 @@ class Fills(Recorder):
     def on_step(self, event: StepEvent) -> None:
         super().on_step(event)
         if event.step == self.at and self.decoder is not None:
-            self.decoder.model.layers[0].register_forward_hook(self.fail)
+            self.decoder.model.norm.register_forward_hook(self.fail)
 
-    def fail(self, layer: nn.Module, *_: object) -> None:
-        if layer.training == self.training and self.error is not None:
+    def fail(self, norm: nn.Module, *_: object) -> None:
+        if norm.training == self.training and self.error is not None:
             raise self.error
 
 

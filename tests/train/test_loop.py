@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from luthier.data.conversation import Source
 from luthier.errors import Interrupted, LuthierError, TrainingError, UsageError
 from luthier.evaluate.loss import held_out_loss
+from luthier.kernels.choose import kernels_for
 from luthier.model.adapter import load_adapter
 from luthier.model.decoder import Decoder
 from luthier.plan.settings import Settings
 from luthier.runs import RunDirectory
 from luthier.train.events import EvalEvent, SaveEvent, StepEvent, WarningEvent
 from luthier.train.loop import TrainResult, check_resumable, train
+from tests import tiny
 from tests.train.world import (
     Recorder,
     Rows,
@@ -120,6 +122,7 @@ def test_a_run_writes_what_it_did_and_says_the_same(tiny_llama: Path, tmp_path: 
 
 def test_training_lowers_the_loss_and_the_decoder_holds_the_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     decoder, rows = tiny_decoder(tiny_llama), make_rows(train=24)
+    decoder.use(kernels_for(decoder.device, decoder.dtype).kernels)  # as the run will, to the last bit
     base = held_out_loss(decoder, rows.eval)
     settings = make_settings(steps=30, eval_every=10, learning_rate=1e-2)
     result = train(decoder, rows, settings, RunDirectory(tmp_path), base="a/model", listener=Recorder())
@@ -129,6 +132,7 @@ def test_training_lowers_the_loss_and_the_decoder_holds_the_adapter(tiny_llama: 
     assert held_out_loss(decoder, rows.eval).loss == result.best_eval
     assert not decoder.training
     again = tiny_decoder(tiny_llama)
+    again.use(decoder.kernels)
     load_adapter(again, result.adapter)
     assert held_out_loss(again, rows.eval).loss == result.best_eval
 
@@ -406,13 +410,15 @@ def test_rows_are_named_by_file_and_line(tiny_llama: Path, tmp_path: Path) -> No
     assert all(name.startswith("mine.jsonl:1") for name in named)
 
 
-def test_fp16_says_when_it_lowers_its_scale(tiny_llama: Path, tmp_path: Path) -> None:
+def test_fp16_says_when_it_lowers_its_scale(tmp_path: Path) -> None:
     listener = Recorder()
     settings = make_settings(precision="fp16", batch_size=1, micro_batch=1, steps=3)
-    rows = make_rows()
-    short = tuple(make_examples(4, seed=6, shortest=2, longest=2))  # one label a step: 65536 / 1 is above fp16's 65504
-    run_it(tiny_llama, tmp_path, settings, listener=listener, rows=replace(rows, train=short))
-    warnings = [event for event in listener.events if isinstance(event, WarningEvent)]
+    rows, short = make_rows(), tuple(make_examples(4, seed=6, shortest=2, longest=2))
+    # One label a step, so the last gradient is a row of the head times the scale of 65536; fp16 ends at 65504.
+    folder = tiny.make_model(tmp_path / "model", initializer_range=0.5)
+    run_it(folder, tmp_path / "run", settings, listener=listener, rows=replace(rows, train=short))
+    first, *warnings = [event for event in listener.events if isinstance(event, WarningEvent)]
+    assert "not float16 on cpu: torch's are used" in first.message
     steps = [event for event in listener.events if isinstance(event, StepEvent)]
     assert len(steps) == 3
     assert len(warnings) == 1, "the scale that fits is kept"

@@ -58,8 +58,36 @@ def test_adamw_is_the_formula_of_the_paper() -> None:
     torch.testing.assert_close(leaf.detach().double(), theta, rtol=0, atol=1e-5)
 
 
-def test_adamw_is_fused() -> None:
-    assert optimizer_of("adamw", parameters(0)).param_groups[0]["fused"] is True
+def test_adamw_is_torchs_bit_for_bit() -> None:
+    """With a learning rate that changes, and a parameter that has no gradient for once."""
+    ours, theirs = parameters(0), parameters(0)
+    optimizer = optimizer_of("adamw", ours)
+    peer = torch.optim.AdamW(theirs.values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.07, fused=True)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = peer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+        for name, leaf in ours.items():
+            leaf.grad = None if step == 3 and "lora_B" in name else torch.randn(leaf.shape, generator=generator)
+            theirs[name].grad = leaf.grad
+        optimizer.step()
+        peer.step()
+    for name, leaf in ours.items():
+        assert torch.equal(leaf, theirs[name])
+        state, expected = optimizer.state[leaf], peer.state[theirs[name]]
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
+    assert float(optimizer.state[ours["model.layers.0.q_proj.lora_B.weight"]]["step"]) == 5
+
+
+def test_gradients_are_dropped_or_set_to_zero() -> None:
+    for to_none in (True, False):
+        ours = parameters(0)
+        optimizer = optimizer_of("adamw", ours)
+        first, second = ours.values()
+        first.grad = torch.ones_like(first)
+        optimizer.zero_grad(set_to_none=to_none)
+        assert second.grad is None
+        assert (first.grad is None) if to_none else not first.grad.any()
 
 
 def test_eight_bit_holds_its_moments_in_bytes_and_follows_adamw() -> None:

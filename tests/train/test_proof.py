@@ -164,14 +164,17 @@ class Narrow:
     seen: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.decoder.model.layers[-1].register_forward_hook(self.check)
+        self.hidden = self.decoder.hidden
+        self.decoder.hidden = self.checked  # type: ignore[method-assign]
 
-    def check(self, layer: torch.nn.Module, arguments: tuple[Tensor, object], _: Tensor) -> None:
-        tokens = arguments[0].shape[0]
-        if layer.training and torch.is_grad_enabled():
+    def checked(self, ids_T: Tensor, *others: object, **named: object) -> Tensor:
+        hidden_nD: Tensor = self.hidden(ids_T, *others, **named)  # type: ignore[arg-type]
+        tokens = ids_T.shape[0]
+        if self.decoder.training and torch.is_grad_enabled():
             self.seen.append((tokens, self.decoder.checkpointing))
             if tokens > self.tokens or self.decoder.checkpointing < self.recomputed:
                 raise self.error()
+        return hidden_nD
 
 
 ROWS = Rows(
@@ -334,8 +337,8 @@ train(decoder, rows, settings, RunDirectory(Path(sys.argv[2])), base="a/model", 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set from what Linux's /proc says")
 def test_a_process_that_really_runs_out_of_memory_goes_on_with_less(tmp_path: Path) -> None:
-    """RLIMIT_AS, 150 MiB above the loaded model: torch's own allocator fails, for it would take three times as much."""
-    folder = tiny.make_model(tmp_path / "model", hidden_size=240, intermediate_size=1024, num_hidden_layers=4)
+    """RLIMIT_AS, 150 MiB above the loaded model: torch's own allocator fails, for it would take half as much again."""
+    folder = tiny.make_model(tmp_path / "model", hidden_size=240, intermediate_size=2560, num_hidden_layers=4)
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(folder), str(tmp_path / "run")],
         cwd=ROOT,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from luthier.data.batches import Batch, Batches
 from luthier.errors import TrainingError
-from luthier.kernels import kernels_with, only_math
+from luthier.kernels import REFERENCE, kernels_with, only_math
 from luthier.model.lora import lora_parameters
 from luthier.train.optimizer import state_tensors
 from luthier.train.session import make_trainee
@@ -85,7 +85,7 @@ def test_nothing_on_the_device_is_float64(tiny_llama: Path) -> None:
     """On torch's meta device, which has no values: so all is done but the last, the copy of the sums."""
     trainee = make_trainee(tiny_decoder(tiny_llama), make_settings())
     decoder = trainee.decoder.to("meta")
-    decoder.kernels = replace(decoder.kernels, linear_cross_entropy=sum_of_logits)
+    decoder.use(replace(REFERENCE, linear_cross_entropy=sum_of_logits))
     with NoFloat64("meta"), pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         forward_backward(decoder, micro_batches())
     assert all(leaf.grad is not None for leaf in lora_parameters(decoder).values())
@@ -252,7 +252,11 @@ def test_fp16_that_overflows_at_every_scale_stops(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("attention", ["efficient", "math"])
-def test_the_attention_that_is_planned_is_the_one_that_computes(tiny_llama: Path, attention: str) -> None:
+def test_the_attention_that_is_planned_is_the_one_that_computes(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """Among torch's own; attention by hand, on CPUs, is another (kernels/batched.py) and holds no more scores."""
+    monkeypatch.setenv("LUTHIER_KERNELS", "reference")
     trainees = [make_trainee(tiny_decoder(tiny_llama), make_settings(attention=kind)) for kind in ("flash", attention)]
     used = {layer.self_attn.kernels.attention for layer in trainees[1].decoder.model.layers}  # type: ignore[union-attr]
     assert used == {kernels_with(attention).attention}  # type: ignore[arg-type]

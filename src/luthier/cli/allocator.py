@@ -19,7 +19,10 @@ from luthier.hardware.accelerators import accelerator_signs
 
 __all__ = ["TUNABLES", "settle", "settled_environment"]
 
-TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+TUNABLES = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("tcache_count=0", "mxfast=0", "mmap_max=0", "trim_threshold=17179869184", "top_pad=33554432")
+)
 _VARIABLE = "GLIBC_TUNABLES"
 _TRAINING = ("demo", "train", "run", "eval")
 

@@ -35,9 +35,10 @@ def run(*, machines: bool, calibrate: bool, as_json: bool) -> None:
     machine, broken = _look()
     if calibrate:
         from luthier.hardware.calibrate import calibrate as measure
+        from luthier.train.timed import KernelsTimed
 
         with console.waiting("measuring this machine, for three seconds"):
-            rates = measure(machine.device)
+            rates = measure(machine.device, timed=KernelsTimed(machine.device))
         machine = replace(machine, device=replace(machine.device, rates=rates))
     versions = installed()
     found = (*broken, *checks(machine, versions, sys.version_info[:3]))

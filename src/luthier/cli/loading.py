@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from luthier.cli import console
 from luthier.errors import FitError, UsageError
+from luthier.plan.support import quantizes
 from luthier.recipe.schema import BUNDLED_MODEL
 from luthier.runs import RunDirectory, read_json
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from luthier.data.render import Template
     from luthier.hardware.device import Device
     from luthier.model.decoder import Decoder
+    from luthier.plan.settings import Quantize
 
 __all__ = ["Voice", "load_base", "open_target", "unfinished"]
 
@@ -37,17 +39,21 @@ def unfinished(run: Path) -> UsageError:
     )
 
 
-def load_base(folder: Path, precision: str, device: str, quantize: Literal["none", "nf4"]) -> Decoder:
-    """The base model's weights, frozen. Raises FitError where memory runs out on the way."""
+def load_base(folder: Path, precision: str, device: str, quantize: Quantize) -> Decoder:
+    """The base model's weights, frozen, with the fastest kernels for the device: to speak, training chooses again.
+
+    Raises FitError where memory runs out on the way.
+    """
     import torch
 
+    from luthier.kernels.choose import kernels_for
     from luthier.model.load import load_decoder
     from luthier.train.memory import out_of_memory, reset_peaks
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     reset_peaks(torch.device(device))  # what was done before (reading rows, measuring speed) is not the loading's peak
     try:
-        return load_decoder(folder, dtype=dtype, device=device, quantize=quantize)
+        decoder = load_decoder(folder, dtype=dtype, device=device, quantize=quantize)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -55,6 +61,8 @@ def load_base(folder: Path, precision: str, device: str, quantize: Literal["none
             f"the weights of {folder.name} in {precision} do not fit the memory of this {device} device",
             "quantize: nf4 takes a quarter of it (train again with it); or free the memory that others hold",
         ) from error
+    decoder.use(kernels_for(decoder.device, decoder.dtype).kernels)
+    return decoder
 
 
 def open_target(target: Path, *, base_only: bool) -> Voice:
@@ -74,7 +82,8 @@ def open_target(target: Path, *, base_only: bool) -> Voice:
     with console.waiting(f"loading {target}"):
         template = make_template("model", load_tokenizer(speaks))
         device, held = this_device(), _settings(adapter)
-        decoder = load_base(folder, _precision(device, held), device.kind, _quantize(held))
+        precision = _precision(device, held)
+        decoder = load_base(folder, precision, device.kind, _quantize(held, device, precision))
         if adapter is not None and not base_only:
             load_adapter(decoder, adapter)
     return Voice(target.name, decoder, template)
@@ -101,8 +110,11 @@ def _settings(adapter: Path | None) -> Mapping[str, object]:
     return cast("dict[str, dict[str, object]]", read_json(plan)).get("settings", {})
 
 
-def _quantize(held: Mapping[str, object]) -> Literal["none", "nf4"]:
-    """As the base was held in training: what fitted then fits now."""
+def _quantize(held: Mapping[str, object], device: Device, precision: str) -> Quantize:
+    """As the base was held in training: what fitted then fits now. Of FP8 where this device has it and computes in
+    bf16, else unquantised, which is nearer to it than 4 bits."""
+    if held.get("quantize") == "fp8":
+        return "fp8" if quantizes("fp8", device) and precision == "bf16" else "none"
     return "nf4" if held.get("quantize") == "nf4" else "none"
 
 

@@ -86,8 +86,6 @@ def prepare(
     with console.counting("reading the data") as advance:
         dataset = prepare_data(recipe, tokenizer, progress=advance, waiting=say_waiting)
     dataset = _noted(dataset, (*notes, *_weights_notes(base, dataset.template)))
-    if weights and pins is None and device.rates is None:
-        device = _measured(device)
     plan = _chosen(asked, device, config, dataset, pins, margin)
     check_tasks(dataset, recipe.evaluate)
     if pins is not None:
@@ -111,14 +109,6 @@ def device_for(recipe: Recipe, hardware: str | None = None, folder: Path | None 
     from luthier.hardware.catalogue import known
 
     return known(name)
-
-
-def _measured(device: Device) -> Device:
-    """This machine with its speed measured, and kept for the plans to come."""
-    from luthier.hardware.calibrate import calibrate
-
-    with console.waiting("measuring this machine's speed, once (three seconds)"):
-        return replace(device, rates=calibrate(device))
 
 
 def _tokenizer(base: Path, model: str, *, stand_in: bool) -> tuple[ChatTokenizer, tuple[str, ...]]:

@@ -8,6 +8,7 @@ stderr what it does. The commands call these, `run` calls all of them in order.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from luthier.cli.preparing import Prepared
+    from luthier.hardware.device import Device
     from luthier.model.decoder import Decoder
     from luthier.recipe.schema import Recipe
     from luthier.train.loop import TrainResult
@@ -37,6 +39,10 @@ __all__ = [
     "train",
     "train_document",
 ]
+
+
+_WORTH_MEASURING = 20.0
+"""Seconds of a run after which three more, to measure the machine for the next plan, are no matter."""
 
 
 def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
@@ -68,6 +74,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
     check_resumable(run, prepared.dataset, prepared.plan.settings, prepared.recipe.model)
     former = _measured(run)
     decoder = _load(prepared, "")
+    began = time.monotonic()
     write_text(run.recipe, dump_recipe(prepared.recipe))
     plan = prepared.plan
     write_json(run.plan, {**as_document(plan), "measured": former})
@@ -97,7 +104,30 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
         found = compared(plan, result.measured)
         write_json(run.plan, {**as_document(plan), "measured": found})
         console.say(f"[dim]{_held_against(found)}[/]")
+        if time.monotonic() - began > _WORTH_MEASURING:
+            _measure_machine(plan.device)
     return result, decoder
+
+
+def _measure_machine(device: Device) -> None:
+    """Measure this machine's speed, once, for the plans to come: after a run, for before it the first step would wait.
+
+    What draws random numbers afterwards draws those that it would have drawn.
+    """
+    from luthier.hardware.calibrate import calibrate, stored_rates
+
+    if stored_rates(device) is not None:
+        return
+    import torch
+
+    from luthier.train.timed import KernelsTimed
+
+    cards = range(torch.cuda.device_count())
+    with torch.random.fork_rng(cards), console.waiting("measuring this machine's speed for the next plan, once"):
+        try:
+            calibrate(device, timed=KernelsTimed(device))
+        except UsageError as error:  # no place to keep it: the run is whole all the same
+            console.say(f"[dim]{error.message}[/]")
 
 
 def _measured(run: RunDirectory) -> object:

@@ -30,7 +30,12 @@ from torch import Tensor
 from luthier.data.conversation import IGNORED, Example
 from luthier.data.epochs import Epochs
 
-__all__ = ["Batch", "Batches", "Measured", "pack"]
+__all__ = ["Batch", "Batches", "Measured", "filling", "is_rounded", "pack"]
+
+
+ROWS = 64
+"""Rows are filled up to a multiple of this where each number of them has kernels of its own. Finer steps were tried: at
+16 the filling costs less, but the kernels more, in time and in memory (docs/decisions/0012)."""
 
 
 @runtime_checkable
@@ -84,22 +89,41 @@ class Batch:
         weights_T = None if self.weights_T is None else self.weights_T.to(device)
         return Batch(self.ids_T.to(device), self.labels_T.to(device), self.lengths, self.rows, weights_T)
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> Batch:
+    def predicting(self, *, rounded: bool = False) -> Tensor:
+        """The positions that have a label, in order; `rounded`: and as many others as `filling` asks for.
+
+        All of them need the head, and of the last layer nothing else is needed. Where the batch is on a device, this
+        waits for it: ask before it goes there.
+        """
+        labelled_T = self.labels_T != IGNORED
+        if rounded and (short := filling(int(labelled_T.sum()))):
+            labelled_T[(~labelled_T).nonzero().squeeze(1)[:short]] = True
+        return labelled_T.nonzero().squeeze(1)
+
+    def on(self, device: torch.device, dtype: torch.dtype, document: int = 16) -> Batch:
         """The batch as it is computed on `device` in `dtype`: on a CPU in 16 bits rounded up, elsewhere as it is.
+
+        Each document is filled up to a multiple of `document` tokens, and all together as `filling` says.
 
         oneDNN, which computes 16-bit products on a CPU, builds and keeps a kernel for each new shape: with lengths as
         they come, the process grows by a gigabyte in a few dozen steps and waits for the compiler in each.
         """
-        return self.rounded() if device.type == "cpu" and dtype.itemsize == 2 else self.to(device)
+        return self.rounded(document) if is_rounded(device, dtype) else self.to(device)
 
-    def rounded(self, document: int = 16, total: int = 64) -> Batch:
-        """Each document filled up to a multiple of `document` tokens, then a document of filling up to one of `total`.
+    def placed(self, device: torch.device, dtype: torch.dtype, document: int = 16) -> tuple[Batch, Tensor]:
+        """`on`, and there too the positions that have a label (`predicting`), found without waiting for the device."""
+        batch, rounded = self.on(device, dtype, document), is_rounded(device, dtype)
+        labelled_n = (batch if rounded else self).predicting(rounded=rounded)
+        return batch, labelled_n.to(device)
+
+    def rounded(self, document: int = 16) -> Batch:
+        """Each document filled up to a multiple of `document` tokens, then a document of `filling` behind them.
 
         What is filled in has no label, and comes after every token that has: no loss or gradient changes.
         """
         ends = np.cumsum(self.lengths)
         filled = [-(-length // document) * document for length in self.lengths]
-        lengths = (*filled, rest) if (rest := -sum(filled) % total) else tuple(filled)
+        lengths = (*filled, rest) if (rest := filling(sum(filled))) else tuple(filled)
         starts = np.cumsum((0, *filled[:-1]))
         place_T = torch.from_numpy(np.arange(ends[-1]) + np.repeat(starts - ends + self.lengths, self.lengths))
 
@@ -108,6 +132,16 @@ class Batch:
 
         weights_T = None if self.weights_T is None else spread(self.weights_T, 0.0)
         return Batch(spread(self.ids_T, 0), spread(self.labels_T, IGNORED), lengths, self.rows, weights_T)
+
+
+def is_rounded(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the rows of products on `device` in `dtype` should be rounded up; see `Batch.on`."""
+    return device.type == "cpu" and dtype.itemsize == 2
+
+
+def filling(rows: int) -> int:
+    """How many rows more make a number that other batches have too."""
+    return -rows % ROWS
 
 
 def pack(examples: Sequence[Example]) -> Batch:

@@ -65,9 +65,9 @@ def _summed(
     for group in _groups(examples, tokens_per_batch):
         packed = pack(group)
         tokens += packed.labelled
-        batch = packed.on(decoder.device, decoder.dtype)
-        hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
-        total += float(decoder.kernels.linear_cross_entropy(hidden_TD, decoder.head_weight, batch.labels_T))
+        batch, rows_n = packed.placed(decoder.device, decoder.dtype, decoder.kernels.document)
+        hidden_nD = decoder.hidden(batch.ids_T, batch.lengths, rows_n=rows_n)
+        total += float(decoder.kernels.linear_cross_entropy(hidden_nD, decoder.head_weight, batch.labels_T[rows_n]))
         rows += len(group)
         if between is not None:
             between(rows)

@@ -1,9 +1,9 @@
 """What this machine does in a second: measured in at most three, kept, and found again without torch.
 
 `calibrate` runs the operations that training is made of, on tensors of its own, and takes the median of each. Rates
-belong to one device, torch version and number of threads; they lie in the cache as rates/<key>.json, and a file that is
-broken or of another machine counts as absent. Where nothing was measured, `estimate_rates` says what such a machine
-usually reaches, on the low side.
+belong to one device, torch version, number of threads and set of kernels; they lie in the cache as rates/<key>.json,
+and a file that is broken or of another machine counts as absent. Where nothing was measured, `estimate_rates` says what
+such a machine usually reaches, on the low side.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import get_args
@@ -22,20 +22,23 @@ import orjson
 
 from luthier.errors import UsageError
 from luthier.hardware.device import AttentionRate, Device, MatmulRate, Precision, Rates
+from luthier.hardware.kernels import kernels_of
+from luthier.hardware.timed import Timed
 from luthier.runs import SCHEMA_VERSION, cache_root, read_json, write_json
 
-__all__ = ["calibrate", "estimate_rates", "stored_rates"]
+__all__ = ["calibrate", "estimate_rates", "kernels_timed", "stored_rates"]
 
 
-def calibrate(device: Device, clock: Callable[[], float] = time.perf_counter) -> Rates:
+def calibrate(device: Device, clock: Callable[[], float] = time.perf_counter, timed: Timed | None = None) -> Rates:
     """Measure this machine, which `device` describes, and keep the result for `stored_rates`.
 
-    `clock` gives seconds; on a busy machine with one thread, time.process_time leaves other programs out.
+    `clock` gives seconds; on a busy machine with one thread, time.process_time leaves other programs out. `timed` is
+    what runs on it compute with (train/timed.py); None: torch's own operations.
     Raises UsageError where the cache cannot be written to.
     """
     from luthier.hardware.measure import measure
 
-    rates = measure(device, clock)
+    rates = measure(device, clock, timed)
     document = {"schema": SCHEMA_VERSION, "machine": _machine(device), "rates": asdict(rates)}
     path = _path(device)
     try:
@@ -47,7 +50,10 @@ def calibrate(device: Device, clock: Callable[[], float] = time.perf_counter) ->
 
 
 def stored_rates(device: Device) -> Rates | None:
-    """What `calibrate` measured on this device with this torch and as many threads; None: nothing that can be used."""
+    """What `calibrate` measured on this device with this torch, as many threads, and the kernels that a run would have.
+
+    None: nothing that can be used.
+    """
     try:
         document = read_json(_path(device))
     except (OSError, orjson.JSONDecodeError):  # never measured, or not whole
@@ -57,9 +63,15 @@ def stored_rates(device: Device) -> Rates | None:
     if document.get("machine") != _machine(device) or not isinstance(document.get("rates"), dict):
         return None
     try:
-        return _read(document["rates"])
+        found = _read(document["rates"])
     except (KeyError, TypeError, ValueError):  # of an older release, or edited
         return None
+    return found if found.kernels == kernels_timed(device) else None
+
+
+def kernels_timed(device: Device) -> str:
+    """The kernels that rates of this device should be of: those of its best precision."""
+    return kernels_of(device, _trained(device)[0], "flash").label
 
 
 def _machine(device: Device) -> dict[str, object]:
@@ -75,6 +87,7 @@ def _machine(device: Device) -> dict[str, object]:
         "cores": device.cores,
         "threads": int(threads) if threads.isdecimal() else device.cores,
         "torch": torch,
+        "kernels": kernels_timed(device),
     }
 
 
@@ -103,6 +116,7 @@ def _read(found: Mapping[str, object]) -> Rates:
         operation=_positive(found["operation"]),
         source=str(found["source"]),
         fresh=None if found["fresh"] is None else _positive(found["fresh"]),
+        kernels=str(found["kernels"]),
     )
 
 
@@ -154,6 +168,10 @@ _CUDA: tuple[tuple[tuple[int, int], float], ...] = (
 
 def estimate_rates(device: Device) -> Rates:
     """What a machine of this kind usually reaches, on the low side; for those that nobody measured."""
+    return replace(_estimate(device), kernels=kernels_timed(device))
+
+
+def _estimate(device: Device) -> Rates:
     if device.kind == "cuda":
         return _estimate_cuda(device)
     if device.kind == "mps":

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from luthier.errors import UsageError
 from luthier.hardware.datasheets import CARDS, CHIPS, PROCESSORS, Card, Chip, Processor
-from luthier.hardware.device import Device, Format, Precision
+from luthier.hardware.device import Device, Format, Installed, Precision
 from luthier.hardware.utilisation import CPU, CUDA, CUDA_LIMITED, MPS, ROCM, Peaks, rates_of
 
 __all__ = ["MACHINES", "known"]
@@ -43,6 +43,7 @@ def _card(card: Card) -> Device:
         link=card.link * _GIGA,
         rates=rates_of(Peaks(flops, card.bandwidth * _GIGA, card.source), part),
         known_as=card.name,
+        installed=Installed(rocm=card.rocm),
     )
 
 

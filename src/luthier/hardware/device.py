@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["GIB", "AttentionRate", "Device", "DeviceKind", "Format", "MatmulRate", "Precision", "Rates"]
+__all__ = [
+    "GIB",
+    "AttentionRate",
+    "Device",
+    "DeviceKind",
+    "Format",
+    "Installed",
+    "KernelSet",
+    "MatmulRate",
+    "Precision",
+    "Rates",
+]
 
 GIB = 2**30
 
@@ -13,6 +24,8 @@ DeviceKind: TypeAlias = Literal["cpu", "cuda", "mps"]
 Precision: TypeAlias = Literal["bf16", "fp16", "fp32"]
 Format: TypeAlias = Literal["bf16", "fp16", "fp32", "fp8", "int8"]
 """A number format that hardware may be fast in; training is done in a `Precision`."""
+KernelSet: TypeAlias = Literal["native", "cuda", "torch", "reference"]
+"""See hardware/kernels.py."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,8 @@ class Rates:
     element on a CPU, which computes narrow formats in fp32). dequantize: weights turned from NF4 into the compute
     dtype. operation: seconds that one operation costs however small it is (the launch, Python, autograd). source: who
     says so. fresh: bytes of large new blocks that the system hands out and the program touches first; None: free, as
-    where an allocator keeps its blocks.
+    where an allocator keeps its blocks. kernels: what attention, element-wise operations and calls were timed with, as
+    a plan names it; empty: not timed.
     """
 
     matmul: tuple[MatmulRate, ...]
@@ -55,6 +69,26 @@ class Rates:
     operation: float
     source: str
     fresh: float | None = None
+    kernels: str = ""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What of Luthier and of what it stands on is there, as far as speed and memory depend on it.
+
+    compiled: the instruction set of the C kernels that this processor runs; "": a machine of the catalogue, whose
+    installation will find its own; None: there are none, for `reason`. triton: whether it is installed. rocm: whether
+    torch is AMD's. glibc: whether the C library is glibc, whose allocator training sets; tunables: GLIBC_TUNABLES of
+    the environment. wish: LUTHIER_KERNELS of the environment.
+    """
+
+    compiled: str | None = ""
+    reason: str = ""
+    triton: bool = True
+    rocm: bool = False
+    glibc: bool = True
+    tunables: str = ""
+    wish: KernelSet | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +103,7 @@ class Device:
     such devices. host_gib: memory of the host (of a CPU and of unified memory: the same memory). disk_gib: free on the
     disk that runs are written to; None: not known. link: bytes a second between devices, each way. rates: measured or
     the catalogue's; None: not known. known_as: its name in the catalogue, None where it was probed.
+    installed: what is there to compute with.
     """
 
     kind: DeviceKind
@@ -84,6 +119,7 @@ class Device:
     link: float | None = None
     rates: Rates | None = None
     known_as: str | None = None
+    installed: Installed = Installed()
 
     @property
     def usable_gib(self) -> float:

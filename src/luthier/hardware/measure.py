@@ -14,11 +14,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from luthier.hardware.device import AttentionRate, Device, MatmulRate, Precision, Rates
+from luthier.hardware.timed import RANK, Documents, Timed, TorchTimed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LAYER_OPERATIONS", "measure"]
+__all__ = ["measure"]
 
 _SECONDS = 3.0
 _REPEATS = 9
@@ -29,7 +30,6 @@ _LONG = 0.12
 """Seconds that one call may be expected to take: on slow machines large products get fewer tokens, and the longest
 documents are left out."""
 
-_RANK = 16
 _BLOCK = 64  # weights that share a scale, as model/quantize.py has it
 
 
@@ -65,9 +65,8 @@ class _Bench:
         else:
             self.sizes = _Sizes(4096, (512, 4096), (512, 4096), 32, 128, 2**24, 0)
 
-    def random(self, *shape: int, precision: Precision, grad: bool = False) -> Tensor:
-        made = self.torch.randn(*shape, device=self.kind).to(self.dtypes[precision])
-        return made.requires_grad_(grad)
+    def random(self, *shape: int, precision: Precision) -> Tensor:
+        return self.torch.randn(*shape, device=self.kind).to(self.dtypes[precision])
 
     def now(self) -> float:
         if self.kind == "cuda":
@@ -91,27 +90,34 @@ class _Bench:
                 return statistics.median(taken)
 
 
-def measure(device: Device, clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """The rates of this machine's `device`, in about three seconds of `clock` after torch is imported."""
+def measure(device: Device, clock: Callable[[], float] = time.perf_counter, timed: Timed | None = None) -> Rates:
+    """The rates of this machine's `device`, in about three seconds of `clock` after torch is imported.
+
+    timed: what its runs compute with; None: torch's own operations.
+    """
     bench = _Bench(device, clock)
+    timed = TorchTimed(device.kind) if timed is None else timed
     precisions: tuple[Precision, ...] = ("bf16", "fp16", "fp32") if device.kind == "cuda" else ("bf16", "fp32")
     trained = [one for one in precisions if one in device.fast or one == "fp32"]
     matmul: list[MatmulRate] = []
     attention: list[AttentionRate] = []
     for precision in trained:
-        matmul.append(MatmulRate(precision, _RANK, _thin(bench, precision)))
+        matmul.append(MatmulRate(precision, RANK, _thin(bench, precision)))
         for width in bench.sizes.widths:
             matmul.append(MatmulRate(precision, width, _product(bench, precision, width, matmul[-1].flops)))
-        attention += _attentions(bench, precision)
-    bandwidth = _bandwidth(bench, trained[0])
+        attention += _attentions(bench, precision, timed)
+    chain, elements = timed.elements(trained[0], bench.sizes.elements)
+    bandwidth = 4 * elements / bench.seconds(chain)
+    layers, operations = timed.layers(trained[0])
     return Rates(
         matmul=tuple(matmul),
         attention=tuple(attention),
         bandwidth=bandwidth,
         dequantize=_dequantize(bench, trained[0]) or bandwidth / 8,
-        operation=_operation(bench, trained[0]),
+        operation=bench.seconds(layers) / operations,
         source=f"measured on this machine, {datetime.now(UTC):%Y-%m-%d}",
         fresh=_fresh(bench) if bench.sizes.fresh else None,
+        kernels=timed.kernels,
     )
 
 
@@ -132,9 +138,9 @@ def _thin(bench: _Bench, precision: Precision) -> float:
     linear = bench.torch.nn.functional.linear
     width = bench.sizes.widths[0] * 2
     x_TI = bench.random(bench.sizes.tokens, width, precision=precision)
-    low_Tr = bench.random(bench.sizes.tokens, _RANK, precision=precision)
-    a_rI = bench.random(_RANK, width, precision=precision)
-    b_Or = bench.random(width, _RANK, precision=precision)
+    low_Tr = bench.random(bench.sizes.tokens, RANK, precision=precision)
+    a_rI = bench.random(RANK, width, precision=precision)
+    b_Or = bench.random(width, RANK, precision=precision)
 
     def products() -> None:
         linear(x_TI, a_rI)
@@ -144,56 +150,23 @@ def _thin(bench: _Bench, precision: Precision) -> float:
         low_Tr.t() @ x_TI
         x_TI.t() @ low_Tr
 
-    return 12.0 * x_TI.numel() * _RANK / bench.seconds(products)
+    return 12.0 * x_TI.numel() * RANK / bench.seconds(products)
 
 
-def _attentions(bench: _Bench, precision: Precision) -> list[AttentionRate]:
+def _attentions(bench: _Bench, precision: Precision, timed: Timed) -> list[AttentionRate]:
     """Of each length, as far as they are not too slow."""
     found: list[AttentionRate] = []
-    for length in bench.sizes.lengths:
+    lengths = bench.sizes.lengths
+    for length in lengths:
         if found and 5.0 * length * length * bench.sizes.heads * bench.sizes.head_dim / found[-1].backward > _LONG:
             break
-        found.append(_attention(bench, precision, length))
+        one = Documents(max(1, lengths[0] * 2 // length), length, bench.sizes.heads, bench.sizes.head_dim)
+        forward, backward = timed.attention(precision, one)
+        flops = 2.0 * one.count * length * length * one.heads * one.head_dim
+        with bench.torch.no_grad():
+            seconds = bench.seconds(forward)
+        found.append(AttentionRate(precision, length, flops / seconds, 2.5 * flops / bench.seconds(backward)))
     return found
-
-
-def _attention(bench: _Bench, precision: Precision, length: int) -> AttentionRate:
-    torch, sizes = bench.torch, bench.sizes
-    documents = max(1, sizes.lengths[0] * 2 // length)
-    q_BHLd, k_BHLd, v_BHLd = (
-        bench.random(documents, length, sizes.heads, sizes.head_dim, precision=precision).transpose(1, 2)
-        for _ in range(3)
-    )
-    leaves = tuple(x.requires_grad_() for x in (q_BHLd, k_BHLd, v_BHLd))
-
-    def attend() -> Tensor:
-        out_BHLd: Tensor = torch.nn.functional.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=True)
-        return out_BHLd
-
-    with torch.no_grad():
-        forward = bench.seconds(attend)
-    o_BHLd = attend()
-    grad_BHLd = torch.ones_like(o_BHLd)
-    backward = bench.seconds(lambda: torch.autograd.grad(o_BHLd, leaves, grad_BHLd, retain_graph=True))
-    flops = 2.0 * documents * length * length * sizes.heads * sizes.head_dim
-    return AttentionRate(precision, length, flops / forward, 2.5 * flops / backward)
-
-
-def _bandwidth(bench: _Bench, precision: Precision) -> float:
-    """Bytes a second of a chain as the norms, rotations and gates are: the passes over n elements counted."""
-    torch, n = bench.torch, bench.sizes.elements
-    x_n, y_n = (bench.random(n, precision=precision) for _ in range(2))
-
-    def chain() -> None:
-        wide = x_n.float()  # 2 passes; nothing where it is fp32 already
-        wide = wide * wide.pow(2)  # 5
-        narrow = wide.to(x_n.dtype)  # 2, or nothing
-        narrow = narrow * y_n + x_n  # 6
-        torch.nn.functional.silu(narrow).mul(y_n)  # 5
-
-    passes = 16 if precision == "fp32" else 20
-    width = 4 if bench.kind == "cpu" or precision == "fp32" else 2.8  # of a GPU: 12 passes of 2 bytes, 8 of 4
-    return passes * width * n / bench.seconds(chain)
 
 
 def _dequantize(bench: _Bench, precision: Precision) -> float | None:
@@ -206,59 +179,6 @@ def _dequantize(bench: _Bench, precision: Precision) -> float | None:
     weight_OI = bench.random(width, width // 2, precision=precision)
     packed, state = quantize_4bit(weight_OI, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
     return weight_OI.numel() / bench.seconds(lambda: dequantize_4bit(packed, state))
-
-
-LAYER_OPERATIONS: dict[Precision, float] = {"bf16": 203.0, "fp16": 203.0, "fp32": 156.0}
-"""Of a layer forward and backward, as plan/speed.py counts them: fp32 has no casts in its norms and adapters."""
-
-
-def _operation(bench: _Bench, precision: Precision) -> float:
-    """Seconds of one operation: small decoder layers with LoRA, forward and backward, over a few tokens.
-
-    Each layer has weights of its own, for a part of what an operation costs is fetching what no cache holds any more.
-    """
-    torch, linear = bench.torch, bench.torch.nn.functional.linear
-    tokens, hidden, inner, heads, layers = 16, 256, 768, 4, 5
-    shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
-    frozen = [[bench.random(o, i, precision=precision) * 0.01 for o, i in shapes] for _ in range(layers)]
-    adapters = [
-        (bench.random(_RANK, i, precision="fp32", grad=True), bench.random(o, _RANK, precision="fp32", grad=True))
-        for _ in range(layers)
-        for o, i in shapes
-    ]
-    x_TI, scale_I = bench.random(tokens, hidden, precision=precision), bench.random(hidden, precision=precision)
-
-    def norm(h_TI: Tensor) -> Tensor:
-        wide = h_TI.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
-        scaled_TI: Tensor = scale_I * wide.to(h_TI.dtype)
-        return scaled_TI
-
-    def project(h_TI: Tensor, layer: int, which: int) -> Tensor:
-        a_rI, b_Or = adapters[layer * len(shapes) + which]
-        low_Tr = linear(h_TI, a_rI.to(h_TI.dtype)) * 0.01
-        y_TO: Tensor = linear(h_TI, frozen[layer][which]) + linear(low_Tr, b_Or.to(h_TI.dtype))
-        return y_TO
-
-    def rotate(h_THd: Tensor) -> Tensor:
-        half = h_THd.shape[-1] // 2
-        turned_THd: Tensor = h_THd * 0.5 + torch.cat((-h_THd[..., half:], h_THd[..., :half]), dim=-1) * 0.5
-        return turned_THd
-
-    def layers_of_a_decoder() -> None:
-        h_TI = x_TI
-        for layer in range(layers):
-            y_TI = norm(h_TI)
-            q_THd, k_THd, v_THd = (project(y_TI, layer, which).view(tokens, heads, -1) for which in range(3))
-            q_HTd, k_HTd, v_HTd = (one.transpose(0, 1)[None] for one in (rotate(q_THd), rotate(k_THd), v_THd))
-            o_HTd = torch.nn.functional.scaled_dot_product_attention(q_HTd, k_HTd, v_HTd, is_causal=True)
-            h_TI = h_TI + project(o_HTd[0].transpose(0, 1).reshape(tokens, hidden), layer, 3)
-            y_TI = norm(h_TI)
-            gate_TI = torch.nn.functional.silu(project(y_TI, layer, 4))
-            h_TI = h_TI + project(gate_TI * project(y_TI, layer, 5), layer, 6)
-        torch.autograd.backward(h_TI.float().sum())
-
-    return bench.seconds(layers_of_a_decoder) / (layers * LAYER_OPERATIONS[precision])
 
 
 def _fresh(bench: _Bench) -> float:

@@ -29,6 +29,7 @@ from luthier.hardware.calibrate import stored_rates
 from luthier.hardware.cgroups import ROOT, cgroup_memory
 from luthier.hardware.cpu import cpu_device, cpu_flags, free_memory
 from luthier.hardware.device import GIB, Device
+from luthier.hardware.kernels import installed_here
 
 __all__ = ["Accelerator", "Machine", "describe", "free_disk", "this_device"]
 
@@ -121,7 +122,8 @@ def _existing(folder: Path) -> Path:
 def _device(gpus: tuple[Gpu, ...], root: Path, folder: Path) -> Device:
     usable = gpus if gpus and gpus[0].platform != "xpu" else ()
     device = gpu_device(usable, root) if usable else cpu_device(root)
-    device = replace(device, disk_gib=free_disk(folder))
+    rocm = bool(usable) and usable[0].platform == "rocm"
+    device = replace(device, disk_gib=free_disk(folder), installed=installed_here(rocm=rocm))
     return replace(device, rates=stored_rates(device))
 
 

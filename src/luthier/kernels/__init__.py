@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from luthier.kernels.attention import attention, cached_attention, efficient_attention, only_math
+from luthier.kernels.by_hand import ByHand
 from luthier.kernels.loss import IGNORED, linear_cross_entropy
 from luthier.kernels.pointwise import rms_norm, rope, swiglu
 
@@ -76,6 +77,10 @@ class Kernels:
     attention: Attention
     cached_attention: CachedAttention
     linear_cross_entropy: LinearCrossEntropy
+    document: int = 16
+    """To a multiple of how many tokens documents are filled up on a CPU in 16 bits (data/batches.py)."""
+    by_hand: ByHand | None = None
+    """The same with gradients, for the layer that is written by hand (model/by_hand.py); None: autograd takes it."""
 
 
 REFERENCE = Kernels("reference", rms_norm, rope, swiglu, attention, cached_attention, linear_cross_entropy)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from luthier.kernels import REFERENCE, Kernels
+from luthier.model.by_hand import layer_by_hand
 from luthier.model.cache import Cache
 from luthier.model.config import ModelConfig, projection_shapes
 from luthier.model.projection import Projection
@@ -32,7 +33,7 @@ __all__ = ["Decoder"]
 
 
 @dataclass(frozen=True)
-class _Positions:
+class Positions:
     """What all layers share in one forward: the rotary tables of the tokens, and the documents or the cache."""
 
     cos: Tensor  # (T, d)
@@ -68,7 +69,7 @@ class _Attention(nn.Module):
         self.q_norm = _Norm(config.head_dim, config.norm_eps, kernels) if config.qk_norm else None
         self.k_norm = _Norm(config.head_dim, config.norm_eps, kernels) if config.qk_norm else None
 
-    def forward(self, x_TD: Tensor, positions: _Positions) -> Tensor:
+    def forward(self, x_TD: Tensor, positions: Positions) -> Tensor:
         heads = (x_TD.shape[0], -1, self.head_dim)
         q_THd: Tensor = self.q_proj(x_TD).view(heads)
         k_TKd: Tensor = self.k_proj(x_TD).view(heads)
@@ -104,7 +105,7 @@ class _MLP(nn.Module):
         return y_TD
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels, linear: type[Projection]) -> None:
         super().__init__()
         self.self_attn = _Attention(config, layer, kernels, linear)
@@ -112,10 +113,12 @@ class _Layer(nn.Module):
         self.input_layernorm = _Norm(config.hidden_size, config.norm_eps, kernels)
         self.post_attention_layernorm = _Norm(config.hidden_size, config.norm_eps, kernels)
 
-    def forward(self, h_TD: Tensor, positions: _Positions) -> Tensor:
-        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), positions)
-        out_TD: Tensor = h_TD + self.mlp(self.post_attention_layernorm(h_TD))
-        return out_TD
+    def forward(self, h_TD: Tensor, positions: Positions, rows_n: Tensor | None = None) -> Tensor:
+        """The residual stream after the layer; with `rows_n`, of these tokens only."""
+        a_TD = self.self_attn(self.input_layernorm(h_TD), positions)
+        h_nD = h_TD + a_TD if rows_n is None else h_TD[rows_n] + a_TD[rows_n]
+        out_nD: Tensor = h_nD + self.mlp(self.post_attention_layernorm(h_nD))
+        return out_nD
 
 
 class _Table(nn.Module):
@@ -130,7 +133,7 @@ class _Body(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels, linear: type[Projection]) -> None:
         super().__init__()
         self.embed_tokens = _Table(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_Layer(config, layer, kernels, linear) for layer in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, layer, kernels, linear) for layer in range(config.layers))
         self.norm = _Norm(config.hidden_size, config.norm_eps, kernels)
 
 
@@ -167,28 +170,46 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """From the first to the last."""
+        return tuple(layer for layer in self.model.layers if isinstance(layer, Layer))
+
     def use(self, kernels: Kernels) -> None:
         """Compute with these kernels from now on."""
         for module in self.modules():
             if isinstance(module, (Decoder, _Attention, _MLP, _Norm)):
                 module.kernels = kernels
 
-    def hidden(self, ids_T: Tensor, lengths: tuple[int, ...] | None = None, cache: Cache | None = None) -> Tensor:
-        """h_TD after the final norm.
+    def hidden(
+        self,
+        ids_T: Tensor,
+        lengths: tuple[int, ...] | None = None,
+        cache: Cache | None = None,
+        rows_n: Tensor | None = None,
+    ) -> Tensor:
+        """h_TD after the final norm; with `rows_n` (int64), of these tokens only, which spares the last layer the rest.
 
         `lengths` are the documents' token counts (None: one document). With a `cache`, ids_T continues the one document
         that it holds, and the cache then holds these tokens too. Raises ValueError where lengths and ids disagree.
         """
         positions = self._positions(ids_T, lengths, cache)
         h_TD = functional.embedding(ids_T, self.model.embed_tokens.weight)
-        recomputed = self.checkpointing if cache is None and torch.is_grad_enabled() else 0
-        for number, layer in enumerate(self.model.layers):
-            again = number < recomputed
-            h_TD = checkpoint(layer, h_TD, positions, use_reentrant=False) if again else layer(h_TD, positions)
+        trains = cache is None and torch.is_grad_enabled()
+        last = self.config.layers - 1
+        for number, layer in enumerate(self.layers):
+            rows = rows_n if number == last else None
+            again = trains and number < self.checkpointing
+            if trains and self.kernels.by_hand is not None:
+                h_TD = layer_by_hand(layer, h_TD, positions, rows, recompute=again)
+            elif again:
+                h_TD = checkpoint(layer, h_TD, positions, rows, use_reentrant=False)
+            else:
+                h_TD = layer(h_TD, positions, rows)
         if cache is not None:
             cache.length += ids_T.shape[0]
-        out_TD: Tensor = self.model.norm(h_TD)
-        return out_TD
+        out_nD: Tensor = self.model.norm(h_TD)
+        return out_nD
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """l_TV in the compute dtype."""
@@ -198,19 +219,19 @@ class Decoder(nn.Module):
         """l_TV, the logits of the token after each."""
         return self.logits(self.hidden(ids_T, lengths))
 
-    def _positions(self, ids_T: Tensor, lengths: tuple[int, ...] | None, cache: Cache | None) -> _Positions:
+    def _positions(self, ids_T: Tensor, lengths: tuple[int, ...] | None, cache: Cache | None) -> Positions:
         total = ids_T.shape[0]
         if cache is not None:
             if lengths is not None:
                 raise ValueError("a cache holds one document: give no lengths with it")
             start, end = cache.length, cache.length + total
             cos_Pd, sin_Pd = self._rope.get(end, ids_T.device, self.dtype)
-            return _Positions(cos_Pd[start:end], sin_Pd[start:end], (total,), cache)
+            return Positions(cos_Pd[start:end], sin_Pd[start:end], (total,), cache)
         lengths = (total,) if lengths is None else lengths
         if ids_T.ndim != 1 or sum(lengths) != total or min(lengths, default=0) < 1:
             raise ValueError(f"documents of {lengths} tokens do not make up ids of the shape {tuple(ids_T.shape)}")
         cos_Pd, sin_Pd = self._rope.get(max(lengths), ids_T.device, self.dtype)
         if len(lengths) == 1:
-            return _Positions(cos_Pd[:total], sin_Pd[:total], lengths, None)
+            return Positions(cos_Pd[:total], sin_Pd[:total], lengths, None)
         position_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_T.device)
-        return _Positions(cos_Pd[position_T], sin_Pd[position_T], lengths, None)
+        return Positions(cos_Pd[position_T], sin_Pd[position_T], lengths, None)

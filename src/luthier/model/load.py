@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from luthier.errors import ModelError
 from luthier.model.config import read_config
 from luthier.model.decoder import Decoder
+from luthier.model.fp8 import FP8Linear, check_fp8
 from luthier.model.locate import weight_files
 from luthier.model.projection import Projection
 
-__all__ = ["load_decoder"]
+__all__ = ["linear_of", "load_decoder"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The safetensors dtypes that hold plain weights."""
@@ -35,22 +36,20 @@ HOLES = 2**28
 
 
 def load_decoder(
-    folder: Path, *, dtype: torch.dtype, device: str = "cpu", quantize: Literal["none", "nf4"] = "none"
+    folder: Path, *, dtype: torch.dtype, device: str = "cpu", quantize: Literal["none", "nf4", "fp8"] = "none"
 ) -> Decoder:
     """The model in `folder`, frozen and in eval mode, computing in `dtype` (float32, float16 or bfloat16).
 
-    `quantize="nf4"` holds the projections of the layers in 4 bits (embedding, head and norms stay in `dtype`).
-    Raises ModelError where the folder's files and its config do not agree.
+    `quantize` holds the projections of the layers in 4 bits ("nf4") or 8 ("fp8", on cards with products in it);
+    embedding, head and norms stay in `dtype`. Raises ModelError where the folder's files and its config do not agree,
+    UsageError where `device` has no fp8.
     """
     config = read_config(folder)
     files = weight_files(folder)
-    linear: type[Projection] = Projection
-    if quantize == "nf4":  # bitsandbytes takes a second to import: only those who quantise pay
-        from luthier.model.quantize import NF4Linear
-
-        linear = NF4Linear
+    if quantize == "fp8":
+        check_fp8(torch.device(device), dtype)
     with torch.device("meta"):
-        decoder = Decoder(config, linear=linear)
+        decoder = Decoder(config, linear=linear_of(quantize))
     shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     _check(folder, files, shapes, config.tied)
     with torch.inference_mode(False):
@@ -68,6 +67,15 @@ def load_decoder(
     if quantize != "none":
         _return_freed()
     return decoder.eval()
+
+
+def linear_of(quantize: Literal["none", "nf4", "fp8"]) -> type[Projection]:
+    """What holds the frozen weights of the layers' projections."""
+    if quantize == "nf4":  # bitsandbytes takes a second to import: only those who quantise pay
+        from luthier.model.quantize import NF4Linear
+
+        return NF4Linear
+    return FP8Linear if quantize == "fp8" else Projection
 
 
 def _return_freed() -> None:

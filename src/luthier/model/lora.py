@@ -58,12 +58,12 @@ class LoRA(Adapter):
         bound = 1.0 / math.sqrt(inputs)
         self.A = nn.Parameter(torch.empty(spec.rank, inputs).uniform_(-bound, bound, generator=generator))
         self.B = nn.Parameter(torch.zeros(outputs, spec.rank))
-        self._scaling, self._dropout = spec.scaling, spec.dropout
+        self.scaling, self.dropout = spec.scaling, spec.dropout
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        if self._dropout and self.training:
-            x_TI = functional.dropout(x_TI, self._dropout)
-        low_Tr = functional.linear(x_TI, self.A.to(x_TI.dtype)) * self._scaling
+        if self.dropout and self.training:
+            x_TI = functional.dropout(x_TI, self.dropout)
+        low_Tr = functional.linear(x_TI, self.A.to(x_TI.dtype)) * self.scaling
         return functional.linear(low_Tr, self.B.to(x_TI.dtype))
 
 

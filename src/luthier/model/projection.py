@@ -2,8 +2,8 @@
 
     y = x W' + b  [ + adapter(x) ]
 
-How the frozen part is held (full precision here, NF4 in model/quantize.py) and what the adapter is (model/lora.py)
-do not know of each other. Legend: T tokens, I inputs, O outputs.
+How the frozen part is held (full precision here, NF4 in model/quantize.py, FP8 in model/fp8.py) and what the adapter is
+(model/lora.py) do not know of each other. Legend: T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,21 @@ __all__ = ["Adapter", "Projection"]
 
 
 class Adapter(nn.Module):
-    """What may stand beside a frozen weight: maps TI to TO. `enabled` False leaves the base model's own output."""
+    """What may stand beside a frozen weight: maps x_TI to scaling (drop(x) A') B', A (r, I) and B (O, r) trained.
 
+    `enabled` False leaves the base model's own output; `dropout` is the share of x that is dropped in training.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    dropout: float
     enabled: bool = True
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """What is trained."""
+        return self.A, self.B
 
 
 class Projection(nn.Module):
@@ -37,13 +49,35 @@ class Projection(nn.Module):
         """Take `tensor` (in the compute dtype, on the device of its use) as the frozen `weight` or `bias`."""
         setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
+    @property
+    def adapted(self) -> Adapter | None:
+        """The adapter, where there is one and it is enabled."""
+        return self.adapter if self.adapter is not None and self.adapter.enabled else None
+
+    def dense(self) -> Tensor:
+        """(O, I) in the compute dtype: the weight that is multiplied by. Not to be changed."""
+        return self.weight
+
+    def multiply(self, x_TI: Tensor, onto_TO: Tensor | None = None) -> Tensor:
+        """x W' + b, and `onto` where that is given (which stays as it is). Not for autograd: model/by_hand.py's."""
+        weight_OI = self.dense()
+        if onto_TO is None:
+            return functional.linear(x_TI, weight_OI, self.bias)
+        y_TO = torch.addmm(onto_TO, x_TI, weight_OI.t())
+        return y_TO if self.bias is None else y_TO.add_(self.bias)
+
+    def multiply_back(self, grad_TO: Tensor, onto_TI: Tensor | None = None) -> Tensor:
+        """g W, the gradient of x from that of y; where `onto` is given, added into it. Not for autograd either."""
+        weight_OI = self.dense()
+        return grad_TO @ weight_OI if onto_TI is None else onto_TI.addmm_(grad_TO, weight_OI)
+
     def frozen(self, x_TI: Tensor) -> Tensor:
         """The base model's own output."""
         return functional.linear(x_TI, self.weight, self.bias)
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        adapter = self.adapter
-        if adapter is None or not adapter.enabled:
+        adapted = self.adapted
+        if adapted is None:
             return self.frozen(x_TI)
-        y_TO: Tensor = self.frozen(x_TI) + adapter(x_TI)
+        y_TO: Tensor = self.frozen(x_TI) + adapted(x_TI)
         return y_TO

@@ -50,7 +50,7 @@ class NF4Linear(Projection):
         return y_TO
 
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
+    def dense(self) -> Tensor:
         """(O, I) in the compute dtype: the weight that this layer really multiplies by."""
         weight_OI: Tensor = dequantize_4bit(self.weight, self.quant_state)
         return weight_OI

@@ -1,7 +1,8 @@
 """Bytes that one micro-batch holds while it is trained: what each layer keeps for the backward pass, and what exists
 for a moment only.
 
-Read off the code that allocates it: decoder.py, lora.py, kernels/. A frozen projection keeps nothing (its gradient
+Of layers under autograd, with the reference's kernels; by_hand.py has the others'. Read off the code that allocates it:
+decoder.py, lora.py, kernels/. A frozen projection keeps nothing (its gradient
 needs only its weight); an adapter keeps its input and the low-rank product; a norm keeps its input in fp32; attention
 keeps q, k, v, its output and one fp32 number a token and head; SwiGLU keeps gate, silu(gate), up and their product.
 
@@ -12,6 +13,7 @@ number in the compute dtype.
 from __future__ import annotations
 
 from luthier.model.config import projection_shapes
+from luthier.plan import by_hand
 from luthier.plan.sizes import CHUNK_LOGITS, adapter_parameters, element_bytes
 from luthier.plan.work import Work
 
@@ -25,7 +27,6 @@ __all__ = [
 ]
 
 _WIDE = 4  # fp32
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 def largest_projection(work: Work) -> int:
@@ -35,6 +36,8 @@ def largest_projection(work: Work) -> int:
 
 def kept_bytes(work: Work) -> int:
     """What one layer keeps that is not recomputed."""
+    if work.kernels != "reference":
+        return by_hand.kept_bytes(work)
     config, e = work.config, element_bytes(work.precision)
     shapes = projection_shapes(config)
     queries, keys, inner = shapes["q_proj"][0], shapes["k_proj"][0], shapes["gate_proj"][0]
@@ -70,7 +73,7 @@ def _adapter_token_bytes(work: Work) -> int:
     each has its own, and a mask (in the compute dtype on a CPU; CUDA needs less)."""
     e, shapes = element_bytes(work.precision), projection_shapes(work.config)
     inputs = 0
-    for group in _SAME_INPUT:
+    for group in by_hand.SAME_INPUT:
         targeted = [name for name in group if name in work.targets]
         if work.dropout:
             inputs += sum(shapes[name][1] * 2 * e for name in targeted)
@@ -88,12 +91,16 @@ def _cast_bytes(work: Work) -> int:
 
 def recomputed_bytes(work: Work) -> int:
     """What one layer keeps that is recomputed: its input."""
+    if work.kernels != "reference":
+        return by_hand.recomputed_bytes(work)
     return work.tokens * work.config.hidden_size * element_bytes(work.precision)
 
 
 def backward_bytes(work: Work) -> int:
     """What exists for a moment in the backward pass, at its fullest: in the MLP the gradient of the product from the
     frozen weight and from the adapter, or those of its two factors; and the gradients of the residual stream."""
+    if work.kernels != "reference":
+        return by_hand.backward_bytes(work)
     e, shapes = element_bytes(work.precision), projection_shapes(work.config)
     inner = shapes["gate_proj"][0]
     mlp = work.tokens * (2 * inner + 3 * work.config.hidden_size) * e
@@ -103,6 +110,8 @@ def backward_bytes(work: Work) -> int:
 def loss_bytes(work: Work, *, tokens: int, trains: bool) -> int:
     """The head and the loss: rows, their gradient, and one chunk of logits twice in fp32 (the logits, and inside
     logsumexp their exponentials) or in both dtypes."""
+    if work.kernels != "reference":
+        return by_hand.loss_bytes(work, tokens=tokens, trains=trains)
     e, vocabulary = element_bytes(work.precision), work.config.vocab_size
     rows = min(tokens, max(1, CHUNK_LOGITS // vocabulary))
     chunk = rows * vocabulary * 2 * _WIDE
@@ -115,4 +124,5 @@ def evaluation_bytes(work: Work, tokens: int) -> int:
     e, shapes = element_bytes(work.precision), projection_shapes(work.config)
     mlp = 4 * shapes["gate_proj"][0] * e
     scores = 2 * work.longest * work.config.heads * _WIDE if work.attention == "math" else 0
-    return tokens * ((3 * e + 2 * _WIDE) * work.config.hidden_size + max(mlp, scores))
+    blocks = by_hand.score_bytes(work)
+    return tokens * ((3 * e + 2 * _WIDE) * work.config.hidden_size + max(mlp, scores)) + blocks

@@ -19,9 +19,10 @@ from luthier.plan.adapter import (
     choose_rank,
     choose_targets,
 )
+from luthier.plan.computing import choose_allocator, choose_attention, choose_kernels, not_in_this_version
 from luthier.plan.decision import YOURS, Decision
 from luthier.plan.fitting import Found, decide, held_by_others
-from luthier.plan.machine import choose_attention, choose_precision, hardware_source, not_in_this_version
+from luthier.plan.machine import choose_precision, hardware_source
 from luthier.plan.plan import Plan
 from luthier.plan.remedies import refusal
 from luthier.plan.rows import DataFacts, Epoch, Lengths, choose_max_length, choose_packing, rows_as_given
@@ -104,8 +105,8 @@ def _choose_adapter(recipe: Recipe, config: ModelConfig, facts: DataFacts) -> _A
 def _pinned(recipe: Recipe, device: Device, config: ModelConfig, precision: Precision) -> Pinned:
     """What the user set of what is searched, checked against the device."""
     train = recipe.train
-    if recipe.quantize == "nf4":
-        check_quantize("nf4", device.kind)
+    if recipe.quantize != "auto":
+        check_quantize(recipe.quantize, device, precision)
     if train.optimizer != "auto":
         check_optimizer(train.optimizer, device.kind)
     if train.attention != "auto":
@@ -187,13 +188,15 @@ def choose(
         *_given(recipe, device, config),
         precision,
         *decide(Found(recipe, task, device, margin, best)),
+        choose_kernels(device, precision.value, best.work.attention),
         choose_attention(recipe, device, config, precision.value),
+        *choose_allocator(device),
         *(adapter.targets, adapter.rank, adapter.alpha, adapter.rate),
         *(course.max_length, course.packing, course.batch_size, course.epochs, course.steps, course.warmup_steps),
         *(evaluate, save),
         *rows_as_given(recipe, facts.lengths, course.max_length.value),
         *as_given(recipe),
-        *not_in_this_version(),
+        *not_in_this_version(device, precision.value, best.work.attention),
     )
     trainable = adapter_parameters(config, adapter.targets.value, adapter.rank.value)
     return Plan(

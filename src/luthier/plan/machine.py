@@ -1,16 +1,13 @@
-"""Choices that the hardware decides before memory is looked at: the number format, the attention backend."""
+"""The choice that the hardware decides before memory is looked at: the number format."""
 
 from __future__ import annotations
 
 from luthier.hardware.device import Device, Precision
-from luthier.model.config import ModelConfig
 from luthier.plan import sources
 from luthier.plan.decision import YOURS, Decision
-from luthier.plan.search import attention_on
-from luthier.plan.settings import Attention
 from luthier.recipe.schema import Recipe
 
-__all__ = ["choose_attention", "choose_precision", "hardware_source", "not_in_this_version"]
+__all__ = ["choose_precision", "hardware_source"]
 
 
 def hardware_source(device: Device) -> str:
@@ -47,35 +44,3 @@ def choose_precision(recipe: Recipe, device: Device) -> Decision[Precision]:
         f"{name}: {'no loss scaling here' if name in device.fast else 'emulated'}" for name in ("bf16", "fp16")
     )
     return Decision("train.precision", "fp32", reason, hardware_source(device), rejected)
-
-
-def choose_attention(recipe: Recipe, device: Device, config: ModelConfig, precision: Precision) -> Decision[Attention]:
-    """Which backend of torch's scaled_dot_product_attention."""
-    usual, asked = attention_on(device, config, precision), recipe.train.attention
-    reasons = {
-        "flash": f"{device.name} has torch's flash attention: scores are never kept, so memory is linear in length.",
-        "efficient": f"Flash attention needs compute capability 8.0, 16 bits and no sliding window, and {device.name} "
-        f"in {precision} with this model lacks one of them; the memory-efficient kernels keep no scores either.",
-        "math": f"{device.name} has neither: scores of a whole document are kept, so long documents cost memory.",
-    }
-    if asked != "auto":
-        reason = "As you set it."
-        if asked != usual:
-            reason += f" {usual} is what the plan would take: {reasons[usual]}"
-        return Decision("train.attention", asked, reason, YOURS)
-    rejected = {
-        "flash": ("math: keeps length × length scores",),
-        "efficient": ("flash: not possible here", "math: keeps length × length scores"),
-        "math": ("flash, efficient: torch has them for CPU and CUDA only",),
-    }
-    return Decision("train.attention", usual, reasons[usual], sources.ATTENTION, rejected[usual])
-
-
-def not_in_this_version() -> tuple[Decision[object], ...]:
-    """What a reader looks for in a plan and this version always does in one way."""
-    batches = "Batches are cut from a memory-mapped file by the training process itself: no worker takes memory."
-    kernels = "Nothing is compiled: this version has no compiled kernels, so what runs is torch's own operations."
-    return (
-        Decision("train.compile", False, kernels, "this version"),
-        Decision("train.workers", 0, batches, "this version"),
-    )

@@ -6,7 +6,8 @@
     + context                                                  the process before it holds a single weight
 
 Bytes per parameter: 2 or 4 for weights; NF4 with double quantisation 4 + 8/64 + 32/(64 x 256) = 4.127 bits (QLoRA,
-section 3) for the projections of the layers, embedding, head and norms keep the compute dtype. The adapter, its
+section 3), FP8 one and a fp32 scale for each output, for the projections of the layers; embedding, head and norms keep
+the compute dtype. The adapter, its
 gradients and AdamW's two moments are fp32 each; 8-bit moments are one byte and one fp32 scale per 256, two of them.
 
 FSDP2 cuts all of these over the devices and gathers one layer at a time (the next one ahead of it); DDP holds all on
@@ -19,9 +20,10 @@ against real runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from luthier.hardware.device import DeviceKind
-from luthier.model.config import parameters
+from luthier.model.config import parameters, projection_shapes
 from luthier.plan.activations import (
     backward_bytes,
     evaluation_bytes,
@@ -31,19 +33,28 @@ from luthier.plan.activations import (
     recomputed_bytes,
 )
 from luthier.plan.footprint import Memory, Part, Phase
-from luthier.plan.sizes import NF4_BITS, adapter_parameters, element_bytes, layer_weights, moment_bytes
+from luthier.plan.sizes import (
+    NF4_BITS,
+    ROWS,
+    adapter_parameters,
+    base_bytes,
+    element_bytes,
+    layer_weights,
+    moment_bytes,
+)
 from luthier.plan.work import Work
 
 __all__ = ["CONTEXT", "NOT_TENSORS", "SLACK", "predict_memory", "weight_bytes"]
 
 MIB = 2**20
 _WIDE_BYTES = 4  # fp32
-CONTEXT: dict[DeviceKind, int] = {"cpu": 410 * MIB, "cuda": 500 * MIB, "mps": 500 * MIB}
+_DOCUMENT = 16
+CONTEXT: dict[DeviceKind, int] = {"cpu": 310 * MIB, "cuda": 500 * MIB, "mps": 500 * MIB}
 """cpu: interpreter, torch, the other libraries, and what they load at their first step. cuda: driver and kernels, which
 torch's own figures leave out. Measured on Linux with torch 2.13 (cpu); assumed elsewhere."""
-_CONTEXT_NF4: dict[DeviceKind, int] = {"cpu": 50 * MIB, "cuda": 0, "mps": 0}  # bitsandbytes and what it imports
+_CONTEXT_NF4: dict[DeviceKind, int] = {"cpu": 100 * MIB, "cuda": 0, "mps": 0}  # bitsandbytes and what it imports
 
-SLACK: dict[DeviceKind, float] = {"cpu": 0.12, "cuda": 0.05, "mps": 0.10}
+SLACK: dict[DeviceKind, float] = {"cpu": 0.10, "cuda": 0.05, "mps": 0.10}
 """Share of what comes and goes in a step that the allocator holds on top."""
 
 _MATMUL_WORKSPACE: dict[DeviceKind, int] = {"cpu": 0, "cuda": 32 * MIB, "mps": 0}  # cuBLAS, on Hopper its largest
@@ -55,18 +66,31 @@ NOT_TENSORS = ("context", "allocator slack")
 
 def weight_bytes(work: Work) -> int:
     """The frozen base, whole."""
-    every, linear = parameters(work.config), _linear(work)
-    if work.quantize == "none":
-        return every * element_bytes(work.precision)
-    return int(linear * NF4_BITS / 8) + (every - linear) * element_bytes(work.precision)
+    others = parameters(work.config) - _linear(work)
+    held = work.config.layers * base_bytes(work.config, work.quantize, work.precision)
+    return int(held) + others * element_bytes(work.precision)
 
 
 def predict_memory(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) -> Memory:
     """What `work` holds on each device of this kind, on the host, and on disk with `exports` (hf, gguf, ollama)."""
+    if kind == "cpu" and work.precision != "fp32":
+        work = replace(work, tokens=_filled(work))
     phases = [Phase("load", _load(work, kind)), Phase("train", _train(work, kind))]
     if work.evaluation_tokens:
         phases.append(Phase("evaluate", _evaluate(work, kind)))
     return Memory(tuple(phases), _host(work, kind), _disk(work, exports))
+
+
+def _filled(work: Work) -> int:
+    """Tokens of the micro-batch as it is computed on a CPU in 16 bits: documents are filled up to 16 tokens, but for
+    the native kernels, and all together to ROWS."""
+    if work.kernels == "native":
+        tokens = work.tokens
+    elif work.documents * work.longest == work.tokens:
+        tokens = work.documents * (-(-work.longest // _DOCUMENT) * _DOCUMENT)
+    else:
+        tokens = work.tokens + work.documents * (_DOCUMENT - 1)
+    return -(-tokens // ROWS) * ROWS
 
 
 def _linear(work: Work) -> int:
@@ -91,6 +115,8 @@ def _weights(work: Work) -> Part:
     held = f"{parameters(work.config):,} parameters in {work.precision}"
     if work.quantize == "nf4":
         held += f", {_linear(work):,} of them in NF4 ({NF4_BITS:.3f} bits)"
+    if work.quantize == "fp8":
+        held += f", {_linear(work):,} of them in FP8"
     return Part("weights", _cut(weight_bytes(work), work), held)
 
 
@@ -107,15 +133,19 @@ def _state(work: Work) -> tuple[Part, ...]:
 
 
 def _gathered(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
-    """What a matrix product needs beside its operands: NF4 turned back into the compute dtype, a gathered layer."""
+    """What a matrix product needs beside its operands: NF4 turned back into the compute dtype, operands rounded to FP8,
+    a gathered layer."""
     parts = []
     if work.sharding == "fsdp":
-        layer = layer_weights(work.config) * (NF4_BITS / 8 if work.quantize == "nf4" else element_bytes(work.precision))
+        layer = base_bytes(work.config, work.quantize, work.precision)
         ends = 2 * work.config.vocab_size * work.config.hidden_size * element_bytes(work.precision)
         parts.append(Part("gathered weights", int(2 * layer) + ends, "two layers, embedding and head, whole"))
     if work.quantize == "nf4":
         size = largest_projection(work) * element_bytes(work.precision)
         parts.append(Part("dequantised weights", size, "one projection at a time"))
+    if work.quantize == "fp8":
+        rows = work.tokens * max(max(shape) for shape in projection_shapes(work.config).values())
+        parts.append(Part("operands in FP8", largest_projection(work) + rows, "a transposed weight, rounded rows"))
     if _MATMUL_WORKSPACE[kind]:
         parts.append(Part("matmul workspace", _MATMUL_WORKSPACE[kind], "cuBLAS"))
     return tuple(parts)
@@ -162,7 +192,7 @@ def _load(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
     stored = _WIDE_BYTES if work.config.dtype == "float32" else 2
     embedding = work.config.vocab_size * work.config.hidden_size
     as_stored = max(embedding, largest_projection(work)) * stored if kind == "cpu" else 0
-    unquantised = largest_projection(work) * element_bytes(work.precision) if work.quantize == "nf4" else 0
+    unquantised = largest_projection(work) * element_bytes(work.precision) if work.quantize != "none" else 0
     tensor = Part("one tensor", max(as_stored, unquantised), "as it is stored, or before it is quantised")
     return (_weights(work), *((tensor,) if tensor.bytes else ()), _context(work, kind))
 

@@ -29,7 +29,7 @@ from luthier.plan.search import (
     used_devices,
 )
 from luthier.plan.show import amount, duration, gib, gib_up
-from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES, attentions
+from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES, attentions, quantizes
 from luthier.recipe.schema import Recipe
 
 __all__ = ["Remedy", "refusal", "remedies"]
@@ -253,7 +253,7 @@ def _allowed(case: _Case, device: Device) -> bool:
     """Whether what the user set can be had on `device`."""
     pinned, task = case.task.pinned, _on(case, device)
     return (
-        (pinned.quantize is None or device.kind in QUANTIZE_DEVICES[pinned.quantize])
+        (pinned.quantize is None or quantizes(pinned.quantize, device))
         and (pinned.optimizer is None or device.kind in OPTIMIZER_DEVICES[pinned.optimizer])
         and (pinned.attention is None or pinned.attention in attentions(device, task.config, task.precision))
     )

@@ -30,6 +30,7 @@ from functools import cached_property
 from typing import Literal
 
 from luthier.hardware.device import GIB, Device, Precision
+from luthier.hardware.kernels import kernels_of
 from luthier.model.config import ModelConfig
 from luthier.plan.footprint import Memory, Phase
 from luthier.plan.memory import predict_memory
@@ -168,7 +169,7 @@ def used_devices(device: Device) -> int:
 def classes(task: Task, device: Device) -> tuple[tuple[Quantize, Optimizer], ...]:
     """The kinds of base and optimizer that may be taken, best first."""
     pinned, kind = task.pinned, device.kind
-    formats: tuple[Quantize, ...] = ("none", "nf4")
+    formats: tuple[Quantize, ...] = ("none", "nf4")  # not fp8, of which neither gain nor loss has been measured
     states: tuple[Optimizer, ...] = ("adamw", "adamw-8bit")
     bases = (pinned.quantize,) if pinned.quantize else tuple(one for one in formats if kind in QUANTIZE_DEVICES[one])
     kept = (pinned.optimizer,) if pinned.optimizer else tuple(one for one in states if kind in OPTIMIZER_DEVICES[one])
@@ -192,12 +193,13 @@ def micro_batches(task: Task, device: Device) -> tuple[int, ...]:
 def work_of(task: Task, device: Device, choice: Choice) -> Work:
     """The task, carried out by `choice`."""
     devices = used_devices(device)
+    attention = task.pinned.attention or attention_on(device, task.config, task.precision)
     return Work(
         config=task.config,
         precision=task.precision,
         quantize=choice.quantize,
         optimizer=choice.optimizer,
-        attention=task.pinned.attention or attention_on(device, task.config, task.precision),
+        attention=attention,
         rank=task.rank,
         targets=task.targets,
         tokens=task.tokens(choice.micro_batch),
@@ -212,6 +214,7 @@ def work_of(task: Task, device: Device, choice: Choice) -> Work:
         micro_batches=math.ceil(task.batch_size / (choice.micro_batch * devices)),
         dropout=task.dropout,
         labelled=task.labelled,
+        kernels=kernels_of(device, task.precision, attention).name,
     )
 
 

@@ -9,7 +9,7 @@ from luthier.hardware.device import DeviceKind, Precision
 
 __all__ = ["Attention", "LongRows", "Optimizer", "Quantize", "Scale", "Schedule", "Settings", "TrainOn"]
 
-Quantize: TypeAlias = Literal["none", "nf4"]
+Quantize: TypeAlias = Literal["none", "nf4", "fp8"]
 Scale: TypeAlias = Literal["standard", "rslora"]
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 Optimizer: TypeAlias = Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 from luthier.hardware.device import Precision
 from luthier.model.config import ModelConfig, projection_shapes
-from luthier.plan.settings import Optimizer
+from luthier.plan.settings import Optimizer, Quantize
 
 __all__ = [
     "CHUNK_LOGITS",
+    "CUDA_CHUNK_LOGITS",
     "EVALUATION_TOKENS",
     "NF4_BITS",
+    "ROWS",
+    "SCORES",
     "adapter_parameters",
+    "base_bytes",
     "element_bytes",
     "layer_weights",
     "moment_bytes",
@@ -23,6 +27,16 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 CHUNK_LOGITS = 2**25
 """Logits that exist at once; the loss's own constant (kernels/loss.py), held equal by a test."""
+
+CUDA_CHUNK_LOGITS = 2**26
+"""The same of the CUDA kernels (kernels/cuda.py), held equal by a test."""
+
+SCORES = 2**22
+"""Scores that exist at once with torch's kernels (kernels/batched.py), held equal by a test."""
+
+ROWS = 64
+"""On a CPU in 16 bits, to a multiple of how many tokens a micro-batch is filled up (data/batches.py)."""
+
 
 EVALUATION_TOKENS = 4096
 """Held-out tokens that go through together; evaluate/loss.py's own default, held equal by a test."""
@@ -41,6 +55,19 @@ def moment_bytes(optimizer: Optimizer) -> float:
 def layer_weights(config: ModelConfig) -> int:
     """Weights of the seven projections of one layer."""
     return sum(out * inp for out, inp in projection_shapes(config).values())
+
+
+def base_bytes(config: ModelConfig, quantize: Quantize, precision: Precision) -> float:
+    """Bytes of the seven projections of one layer as they are held.
+
+    FP8: one for a weight, and a fp32 scale for each output.
+    """
+    weights = layer_weights(config)
+    if quantize == "nf4":
+        return weights * NF4_BITS / 8
+    if quantize == "fp8":
+        return weights + 4 * sum(out for out, _ in projection_shapes(config).values())
+    return weights * element_bytes(precision)
 
 
 def adapter_parameters(config: ModelConfig, targets: Sequence[str], rank: int) -> int:

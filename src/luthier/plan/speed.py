@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luthier.hardware.calibrate import estimate_rates
 from luthier.hardware.device import Device, DeviceKind, Precision, Rates
-from luthier.model.config import ModelConfig, parameters, projection_shapes
+from luthier.model.config import ModelConfig, projection_shapes
+from luthier.plan.by_hand import SAME_INPUT
+from luthier.plan.exchange import gathered_bytes, reduced_bytes
+from luthier.plan.passes import backward_passes, forward_passes
 from luthier.plan.sizes import (
     CHUNK_LOGITS,
     EVALUATION_TOKENS,
-    NF4_BITS,
     adapter_parameters,
     element_bytes,
     layer_weights,
@@ -104,7 +106,7 @@ class _Cost:
 
 def predict_speed(work: Work, device: Device) -> Speed:
     """How long `work` takes on `device`, by its rates, or where it has none by those of `estimate_rates`."""
-    rates = device.rates or estimate_rates(device)
+    rates = _rates(device)
     replicas = work.micro_batches * work.devices
     step_tokens = work.step_tokens or float(work.tokens * replicas)
     tokens = max(work.batch_tokens or step_tokens / replicas, 1.0)
@@ -118,7 +120,7 @@ def predict_speed(work: Work, device: Device) -> Speed:
     if device.kind != "cpu":
         host = max(0.0, host - batch.seconds)
     link = device.link or _LINK
-    gather = max(0.0, _gathered(work) / link - batch.seconds - host)
+    gather = max(0.0, gathered_bytes(work) / link - batch.seconds - host)
     optimizer = _optimizer(work, rates)
     n = work.micro_batches
     parts: tuple[tuple[str, float], ...] = (
@@ -126,11 +128,11 @@ def predict_speed(work: Work, device: Device) -> Speed:
         ("adapter", n * once.adapter),
         ("attention", n * once.attention),
         ("element by element", n * once.elements),
-        ("dequantisation", n * once.dequantize),
+        ("rounding to FP8" if work.quantize == "fp8" else "dequantisation", n * once.dequantize),
         ("head and loss", n * once.loss),
         ("recomputation", n * recomputed.seconds),
         ("host", n * host),
-        ("communication", n * gather + _reduced(work) / link),
+        ("communication", n * gather + reduced_bytes(work) / link),
         ("optimizer", optimizer),
     )
     together = _AMONG_OTHERS if device.kind == "cpu" else 1.0
@@ -144,6 +146,12 @@ def predict_speed(work: Work, device: Device) -> Speed:
         parts=tuple((name, part) for name, part in parts if part > 0),
         source=rates.source,
     )
+
+
+def _rates(device: Device) -> Rates:
+    """The device's; where training has the allocator keep its blocks (cli/allocator.py), no block is new."""
+    rates = device.rates or estimate_rates(device)
+    return replace(rates, fresh=None) if device.kind == "cpu" and device.installed.glibc else rates
 
 
 def _evaluation(work: Work, rates: Rates, kind: DeviceKind) -> float:
@@ -172,6 +180,7 @@ class _Model:
         self.casts = 0 if work.precision == "fp32" else 1
         few = (1 + _TOKENS_LOST / tokens) / (1 + _TOKENS_LOST / _TOKENS_TIMED)
         self.few = few if kind == "cpu" else 1.0
+        self.by_hand = work.kernels != "reference"
 
     def elements(self, passes: float, wide: float = 0.0) -> float:
         """Seconds of reading or writing so many elements in the compute dtype, and `wide` ones in fp32."""
@@ -180,7 +189,7 @@ class _Model:
     def product(self, width: int, flops: float) -> float:
         """Seconds of a product with a weight whose smaller side is `width`."""
         points = [(r.precision, r.width, r.flops) for r in self.rates.matmul]
-        return flops / _rate(self.rates, self.work.precision, points, width) * self.few
+        return flops / _rate_at(self.rates, self.work.precision, points, width) * self.few
 
     def frozen(self) -> float:
         """Seconds of the seven products in one direction; the weights are read once."""
@@ -191,59 +200,66 @@ class _Model:
         return total
 
     def dequantize(self) -> tuple[float, float]:
-        """Seconds and operations of one pass through all weights of a layer that are held in NF4."""
+        """Seconds and operations of one pass through all weights of a layer that are held in NF4.
+
+        For FP8 what rounding the rows and, backward, transposing the weights read and write, as a mean of both
+        directions. Its products are counted at the compute dtype's rate: FP8's own has not been measured.
+        """
         if self.work.quantize == "none":
             return 0.0, 0.0
+        if self.work.quantize == "fp8":
+            rows = sum(self.tokens * (out + inp) / 2 * (self.stored + 1) for out, inp in self.shapes.values())
+            return (rows + layer_weights(self.config)) / self.rates.bandwidth, 2.0 * len(self.shapes)
         return layer_weights(self.config) / self.rates.dequantize, 3.0 * len(self.shapes)
 
     def forward(self, *, training: bool) -> _Cost:
         """One layer."""
-        work, config = self.work, self.config
-        rank, targets = work.rank, [self.shapes[name] for name in work.targets]
-        rotated = (config.heads + config.kv_heads) * config.head_dim
-        normed = 2 * config.hidden_size + (rotated if config.qk_norm else 0)
-        passes = 6 * config.hidden_size + 10 * rotated + 5 * config.intermediate_size + 3 * sum(o for o, _ in targets)
-        if training and work.dropout:
-            passes += 3 * sum(i for _, i in targets)
-        parameters_ = rank * sum(o + i for o, i in targets)
+        passes = forward_passes(self.work, training=training)
         unpacking, unpack_operations = self.dequantize()
-        norms = 4 if config.qk_norm else 2
+        calls = 0 if self.by_hand else len(self.documents)
         return _Cost(
             products=self.frozen(),
-            adapter=sum(self.product(min(rank, o, i), 2.0 * self.tokens * rank * (o + i)) for o, i in targets)
-            + self.casts * parameters_ * 6 / self.rates.bandwidth,
+            adapter=self.adapter(1.0) + self.casts * self.adapter_parameters * 6 / self.rates.bandwidth,
             attention=self.attention(backward=False),
-            elements=self.elements(self.tokens * (passes + 4 * normed), self.tokens * 7 * normed),
+            elements=self.elements(self.tokens * passes.narrow, self.tokens * passes.wide),
             dequantize=unpacking,
-            operations=norms * (5 + 2 * self.casts)
-            + 14
-            + len(self.documents)
-            + len(self.shapes)
-            + len(targets) * (4 + 2 * self.casts)
-            + unpack_operations,
+            operations=passes.operations + calls + unpack_operations,
         )
 
     def backward(self) -> _Cost:
         """One layer."""
-        work, config = self.work, self.config
-        rank, targets = work.rank, [self.shapes[name] for name in work.targets]
-        rotated = (config.heads + config.kv_heads) * config.head_dim
-        normed = 2 * config.hidden_size + (rotated if config.qk_norm else 0)
-        passes = 15 * config.hidden_size + 16 * rotated + 9 * config.intermediate_size + 3 * sum(i for _, i in targets)
-        parameters_ = rank * sum(o + i for o, i in targets)
+        passes = backward_passes(self.work)
         unpacking, unpack_operations = self.dequantize()
-        ahead = self.forward(training=True)
         # The first layer's input has no gradient, so q, k and v need none for theirs.
-        share = 1 - _unneeded(config) / config.layers
+        share = 1 - _unneeded(self.config) / self.config.layers
+        calls = 0.0 if self.by_hand else 1.6 * len(self.documents)
         return _Cost(
-            products=ahead.products * share,
-            adapter=sum(self.product(min(rank, o, i), 4.0 * self.tokens * rank * (o + i)) for o, i in targets)
-            + parameters_ * (6 * self.casts + 12) / self.rates.bandwidth,
+            products=self.frozen() * share,
+            adapter=self.adapter(2.0) + self.adapter_parameters * (6 * self.casts + 12) / self.rates.bandwidth,
             attention=self.attention(backward=True),
-            elements=self.elements(self.tokens * (passes + 6 * normed), self.tokens * 12 * normed),
+            elements=self.elements(self.tokens * passes.narrow, self.tokens * passes.wide),
             dequantize=unpacking * share,
-            operations=1.6 * (ahead.operations - unpack_operations) + unpack_operations,
+            operations=passes.operations + calls + unpack_operations,
         )
+
+    def adapter(self, times: float) -> float:
+        """Seconds of the thin products of a layer's adapters, so many times; those of A with the ranks that go together
+        where the gradients are by hand."""
+        rank, total = self.work.rank, 0.0
+        alone = not self.by_hand or bool(self.work.dropout)
+        groups = tuple((name,) for name in self.work.targets) if alone else SAME_INPUT
+        for group in groups:
+            targets = [self.shapes[name] for name in group if name in self.work.targets]
+            if targets:
+                ranks, inputs = rank * len(targets), targets[0][1]
+                total += self.product(min(ranks, inputs), 2.0 * times * self.tokens * ranks * inputs)
+            total += sum(self.product(min(rank, out), 2.0 * times * self.tokens * rank * out) for out, _ in targets)
+        return total
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Of one layer."""
+        return _adapter_parameters(self.work) // self.config.layers
 
     def ends(self, *, training: bool) -> _Cost:
         """Embedding, final norm, head and loss: once for a micro-batch."""
@@ -255,6 +271,8 @@ class _Model:
         weight = config.vocab_size * config.hidden_size * self.stored * chunks * (2 if training else 1)
         wide = (10 if training else 6) + (2 * self.casts if self.kind == "cpu" else self.casts)
         narrow = self.casts * (2 if training else 1) * (1 if self.kind == "cpu" else 2)
+        if self.work.kernels in ("native", "cuda"):  # the gradient comes in the logits' place
+            wide, narrow = 0, 4 if training else 2
         loss = products + self.elements(logits * narrow, logits * wide) + weight / self.rates.bandwidth
         loss += self.fresh(logits, training=training)
         hidden = self.tokens * config.hidden_size
@@ -294,7 +312,7 @@ class _Model:
             scores = length * length * heads
             return self.product(dim, 2 * flops) + self.elements(0, scores * (18 if backward else 12))
         rates = [(r.precision, r.length, r.backward if backward else r.forward) for r in self.rates.attention]
-        rate = _rate(self.rates, self.work.precision, rates, length)
+        rate = _rate_at(self.rates, self.work.precision, rates, length)
         lengths = {r.length for r in self.rates.attention}
         if len(lengths) > 1:  # below the shortest that was measured, a token costs what it costs there
             rate *= min(1.0, length / min(lengths))
@@ -318,7 +336,7 @@ def _documents(work: Work, tokens: float, whole: bool) -> tuple[tuple[float, flo
     return tuple((count, length * scale) for count, length in found)  # shorter ones
 
 
-def _rate(rates: Rates, precision: Precision, points: Sequence[tuple[Precision, int, float]], at: float) -> float:
+def _rate_at(rates: Rates, precision: Precision, points: Sequence[tuple[Precision, int, float]], at: float) -> float:
     """FLOP/s at a size: on a straight line of logarithms between the sizes that are known, level beyond them."""
     order = {"bf16": ("bf16", "fp16"), "fp16": ("fp16", "bf16"), "fp32": ("fp32",)}[precision]
     known: list[tuple[int, float]] = []
@@ -367,20 +385,3 @@ def _optimizer(work: Work, rates: Rates) -> float:
     tensors = 2 * work.config.layers * len(work.targets)
     update = count * _OPTIMIZER_BYTES[work.optimizer] / rates.bandwidth
     return update + tensors * _TENSOR_OPERATIONS * rates.operation
-
-
-def _reduced(work: Work) -> float:
-    """Bytes that each device sends in a step to sum the adapter's fp32 gradients: 2 (n - 1) / n of them in a ring."""
-    if work.sharding == "none" or work.devices == 1:
-        return 0.0
-    return 2 * (work.devices - 1) / work.devices * _adapter_parameters(work) * 4
-
-
-def _gathered(work: Work) -> float:
-    """Bytes of weights that each device receives in a micro-batch under FSDP: forward, and again backward."""
-    if work.sharding != "fsdp" or work.devices == 1:
-        return 0.0
-    linear, stored = work.config.layers * layer_weights(work.config), float(element_bytes(work.precision))
-    held = linear * (NF4_BITS / 8 if work.quantize == "nf4" else stored)
-    held += (parameters(work.config) - linear) * stored
-    return 2 * (work.devices - 1) / work.devices * held

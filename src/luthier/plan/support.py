@@ -2,9 +2,11 @@
 refuses by it, and so does training, which may be called without a plan.
 
 Source: bitsandbytes 0.50: 8-bit optimizers have kernels for CPU and CUDA, and only CUDA pages memory to the host. NF4
-is used on CPU and CUDA, where this project's parity tests hold it against transformers. PyTorch's FlashAttention-2
-needs compute capability 8.0 and 16 bits, and takes no mask, which a sliding window needs; its memory-efficient kernels
-serve the rest of CUDA. On a CPU it has a flash kernel of its own that takes all of these, on Apple's GPU none.
+is used on CPU and CUDA, where this project's parity tests hold it against transformers. FP8 products with a scale for
+each row are torch._scaled_mm's: NVIDIA cards of compute capability 8.9 or more, results in bf16. PyTorch's
+FlashAttention-2 needs compute capability 8.0 and 16 bits, and takes no mask, which a sliding window needs; its
+memory-efficient kernels serve the rest of CUDA. On a CPU it has a flash kernel of its own that takes all of these, on
+Apple's GPU none.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ __all__ = [
     "check_attention",
     "check_optimizer",
     "check_quantize",
+    "quantizes",
 ]
 
 OPTIMIZER_DEVICES: dict[Optimizer, tuple[DeviceKind, ...]] = {
@@ -28,7 +31,11 @@ OPTIMIZER_DEVICES: dict[Optimizer, tuple[DeviceKind, ...]] = {
     "adamw-8bit": ("cpu", "cuda"),
     "paged-adamw-8bit": ("cuda",),
 }
-QUANTIZE_DEVICES: dict[Quantize, tuple[DeviceKind, ...]] = {"none": ("cpu", "cuda", "mps"), "nf4": ("cpu", "cuda")}
+QUANTIZE_DEVICES: dict[Quantize, tuple[DeviceKind, ...]] = {
+    "none": ("cpu", "cuda", "mps"),
+    "nf4": ("cpu", "cuda"),
+    "fp8": ("cuda",),
+}
 
 
 def check_optimizer(name: Optimizer, device: str) -> None:
@@ -41,13 +48,34 @@ def check_optimizer(name: Optimizer, device: str) -> None:
         )
 
 
-def check_quantize(name: Quantize, device: DeviceKind) -> None:
-    """Raise UsageError where `device` cannot hold a base quantised as `name`."""
-    if device not in QUANTIZE_DEVICES[name]:
+def quantizes(name: Quantize, device: Device) -> bool:
+    """Whether `device` can compute with a base quantised as `name`."""
+    return device.kind in QUANTIZE_DEVICES[name] and (name != "fp8" or "fp8" in device.fast)
+
+
+def check_quantize(name: Quantize, device: Device, precision: Precision) -> None:
+    """Raise UsageError where `device` cannot compute with a base quantised as `name`, or not in `precision`."""
+    if name == "fp8":
+        _check_fp8(device, precision)
+    if device.kind not in QUANTIZE_DEVICES[name]:
         raise UsageError(
-            f"quantize: {name} needs {' or '.join(QUANTIZE_DEVICES[name])}, and this run is on {device}",
+            f"quantize: {name} needs {' or '.join(QUANTIZE_DEVICES[name])}, and this run is on {device.kind}",
             f"a machine with {' or '.join(QUANTIZE_DEVICES[name])}, also to evaluate or resume a run that has such a "
             "base; a new run can have quantize: none, where the weights fit unquantised",
+        )
+
+
+def _check_fp8(device: Device, precision: Precision) -> None:
+    if not quantizes("fp8", device):
+        raise UsageError(
+            "quantize: fp8 needs an NVIDIA card with products in FP8 (compute capability 8.9 or more: Ada, Hopper, "
+            f"Blackwell), and this run is on {device.name}",
+            "a machine with such a card, such as l4, l40s or h100-80g, also to evaluate or resume a run that has such "
+            "a base; a new run can have quantize: auto",
+        )
+    if precision != "bf16":
+        raise UsageError(
+            f"quantize: fp8 computes in bf16, and train.precision is {precision}", "set train.precision: bf16"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from luthier.hardware.device import Precision
+from luthier.hardware.device import KernelSet, Precision
 from luthier.model.config import ModelConfig
 from luthier.plan.settings import Attention, Optimizer, Quantize
 
@@ -24,7 +24,8 @@ class Work:
     evaluation_tokens: of the largest group of held-out rows that goes through together, 0: nothing is held out.
     step_tokens: of an average optimizer step on all devices. batch_tokens: of an average micro-batch where there are
     several devices, which a batch need not fill evenly; 0: step_tokens / micro_batches. micro_batches: of a step, on
-    the fullest device. labelled: the share of tokens that have a label; the others never reach the head.
+    the fullest device. labelled: the share of tokens that have a label; the others never reach the head. kernels: what
+    computes it (hardware/kernels.py); all but the reference have layers with gradients by hand.
     """
 
     config: ModelConfig
@@ -46,3 +47,4 @@ class Work:
     micro_batches: int = 1
     dropout: float = 0.0
     labelled: float = 1.0
+    kernels: KernelSet = "reference"

@@ -233,8 +233,10 @@ class Recipe(_Section):
         None, description="A key of your rows: rows with the same value of it stay on one side of the split."
     )
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe, description="What is trained.")
-    quantize: Literal["auto", "none", "nf4"] = Field(
-        "auto", description="The frozen base while training. nf4: in 4 bits (QLoRA), to fit where 16-bit does not."
+    quantize: Literal["auto", "none", "nf4", "fp8"] = Field(
+        "auto",
+        description="The frozen base while training. nf4: in 4 bits (QLoRA), to fit where 16-bit does not. fp8: its "
+        "weights and products in 8 bits, on NVIDIA cards from Ada and Hopper on; auto never chooses it.",
     )
     train: TrainRecipe = Field(default_factory=TrainRecipe, description="How it is trained.")
     split: SplitRecipe = Field(default_factory=SplitRecipe, description="What is held out.")

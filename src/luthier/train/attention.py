@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from luthier.kernels import kernels_with, only_math
+from luthier.kernels import only_math
+from luthier.kernels.choose import kernels_for
 from luthier.model.decoder import Decoder
 from luthier.plan.settings import Attention
 
@@ -15,6 +16,6 @@ __all__ = ["attention_of"]
 @contextmanager
 def attention_of(decoder: Decoder, name: Attention) -> Iterator[None]:
     """While the block runs, `decoder` computes attention as the training loop does with the setting `name`."""
-    decoder.use(kernels_with(name))
+    decoder.use(kernels_for(decoder.device, decoder.dtype, name).kernels)
     with only_math(name):
         yield

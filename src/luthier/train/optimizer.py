@@ -2,7 +2,7 @@
 
 AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2), β = (0.9, 0.999), ε = 1e-8, from two libraries:
 
-    adamw               torch, fused into one kernel where the device has it; two fp32 moments, 8 bytes a parameter
+    adamw               torch's update (adamw.py), fused into one kernel; two fp32 moments, 8 bytes a parameter
     adamw-8bit          bitsandbytes, both moments in blockwise 8 bit (Dettmers et al. 2022, arXiv:2110.02861)
     paged-adamw-8bit    the same, its moments in memory that CUDA may page to the host (QLoRA, arXiv:2305.14314)
 
@@ -21,6 +21,7 @@ import torch
 from luthier.errors import TrainingError
 from luthier.plan.settings import Optimizer as OptimizerName
 from luthier.plan.support import check_optimizer
+from luthier.train.adamw import AdamW, Optimizer
 
 if TYPE_CHECKING:
     from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -34,44 +35,38 @@ _CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' code books: one tensor that all 
 
 def make_optimizer(
     name: OptimizerName, parameters: Mapping[str, torch.nn.Parameter], *, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """An optimizer over `parameters`, in their order. Raises UsageError where their device has no such one."""
     leaves = list(parameters.values())
     check_optimizer(name, leaves[0].device.type)
     if name == "adamw":
-        return torch.optim.AdamW(
-            leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
-        )
+        return AdamW(leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
     return _eight_bit(leaves, learning_rate, weight_decay, paged=name == "paged-adamw-8bit")
 
 
 def _eight_bit(
     leaves: list[torch.nn.Parameter], learning_rate: float, weight_decay: float, *, paged: bool
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # here: it takes a second to import
 
     kind = PagedAdamW8bit if paged else AdamW8bit
-    made: torch.optim.Optimizer = kind(leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
+    made: Optimizer = kind(leaves, lr=learning_rate, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
     return made
 
 
-def allocate_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+def allocate_state(optimizer: Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> None:
     """Make the state that the first update would make, where there is none yet; the updates after are the same."""
+    if isinstance(optimizer, AdamW):
+        optimizer.allocate()
+        return
     (group,) = optimizer.param_groups
     for index, parameter in enumerate(parameters.values()):
         if optimizer.state.get(parameter):
             continue
-        if isinstance(optimizer, torch.optim.AdamW):
-            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # fused: beside the parameter
-            optimizer.state[parameter] = {"step": step, **moments}
-        else:
-            optimizer.init_state(group, parameter, 0, index)  # type: ignore[attr-defined]
+        optimizer.init_state(group, parameter, 0, index)  # type: ignore[attr-defined]
 
 
-def state_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
+def state_tensors(optimizer: Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     """The optimizer's state as CPU tensors named `<parameter>/<key>`; a plain number becomes an int64 scalar.
 
     Empty before the first update. On a CPU they are the live tensors, not copies: write them before the next update.
@@ -87,7 +82,7 @@ def state_tensors(
 
 
 def load_state(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
@@ -103,7 +98,7 @@ def load_state(
     for name, state in by_parameter.items():
         if not state:
             raise _foreign(f"it has nothing for {name}")
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, AdamW):
         _load_torch(optimizer, parameters, by_parameter)
     else:
         _load_eight_bit(optimizer, parameters, by_parameter)
@@ -117,7 +112,7 @@ def _foreign(what: str) -> TrainingError:
 
 
 def _load_torch(
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     parameters: Mapping[str, torch.nn.Parameter],
     by_parameter: Mapping[str, dict[str, torch.Tensor]],
 ) -> None:
@@ -126,10 +121,9 @@ def _load_torch(
         expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
         if shapes != expected:
             raise _foreign(f"{name} has {shapes}, expected {expected}")
-    # load_state_dict keeps the very tensors it is given: copies, lest two optimizers share their moments
-    copied = [{key: tensor.clone() for key, tensor in by_parameter[name].items()} for name in parameters]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(enumerate(copied)), "param_groups": groups})
+    for name, parameter in parameters.items():  # copies, lest two optimizers share their moments
+        state = {key: tensor.to(parameter.device, copy=True) for key, tensor in by_parameter[name].items()}
+        optimizer.state[parameter] = state
 
 
 def _load_eight_bit(

@@ -15,7 +15,7 @@ from typing import Literal, NoReturn
 from luthier.data.batches import Batches
 from luthier.errors import FitError, Interrupted, TrainingError
 from luthier.evaluate.loss import held_out_loss
-from luthier.kernels import kernels_with
+from luthier.kernels.choose import kernels_for
 from luthier.model.adapter import load_adapter
 from luthier.model.decoder import Decoder
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
@@ -55,7 +55,7 @@ def make_trainee(decoder: Decoder, settings: Settings) -> Trainee:
     spec = LoRASpec(settings.rank, settings.alpha, settings.dropout, settings.targets, settings.scale)
     add_lora(decoder, spec, settings.seed)
     decoder.checkpointing = settings.checkpointing
-    decoder.use(kernels_with(settings.attention))
+    decoder.use(kernels_for(decoder.device, decoder.dtype, settings.attention).kernels)
     decoder.train()
     parameters = lora_parameters(decoder)
     optimizer = make_optimizer(
@@ -136,6 +136,9 @@ class Session:
                 trainable_parameters=sum(leaf.numel() for leaf in self.trainee.parameters.values()),
             )
         )
+        decoder = self.trainee.decoder
+        if notice := kernels_for(decoder.device, decoder.dtype, self.settings.attention).notice:
+            self.tell(WarningEvent(step=self.progress.step, message=notice))
 
     def prove(self) -> None:
         """Take the largest micro-batch forward and backward, with less at once where it is out of memory.

@@ -28,6 +28,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from luthier.data.batches import Batch
 from luthier.errors import TrainingError
 from luthier.model.decoder import Decoder
+from luthier.train.adamw import Optimizer
 
 __all__ = [
     "NOT_FINITE",
@@ -47,7 +48,7 @@ class Trainee:
 
     decoder: Decoder
     parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     scaler: GradScaler | None
 
 
@@ -97,10 +98,11 @@ def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: G
 
 def add_gradient(decoder: Decoder, micro_batch: Batch, weight: float, scaler: GradScaler | None) -> torch.Tensor:
     """One micro-batch forward and backward; returns the sum of its losses, which the gradient divides by `weight`."""
-    batch = micro_batch.on(decoder.device, decoder.dtype)
-    hidden_TD = decoder.hidden(batch.ids_T, batch.lengths)
+    batch, rows_n = micro_batch.placed(decoder.device, decoder.dtype, decoder.kernels.document)
+    hidden_nD = decoder.hidden(batch.ids_T, batch.lengths, rows_n=rows_n)
+    weights_n = None if batch.weights_T is None else batch.weights_T[rows_n]
     summed = decoder.kernels.linear_cross_entropy(
-        hidden_TD, decoder.head_weight, batch.labels_T, weights_N=batch.weights_T
+        hidden_nD, decoder.head_weight, batch.labels_T[rows_n], weights_N=weights_n
     )
     loss = summed / weight
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
@@ -129,7 +131,7 @@ def _gradient(trainee: Trainee, micro_batches: Sequence[Batch]) -> tuple[float, 
         trainee.optimizer.zero_grad(set_to_none=True)
         loss = forward_backward(trainee.decoder, micro_batches, scaler)
         if scaler is not None:
-            scaler.unscale_(trainee.optimizer)
+            scaler.unscale_(trainee.optimizer)  # type: ignore[arg-type]  # it reads param_groups only
         norm = get_total_norm([leaf.grad for leaf in trainee.parameters.values() if leaf.grad is not None])
         if bool(norm.isfinite()):
             return loss, norm, halvings
