@@ -12,9 +12,11 @@ import pytest
 
 from luthier.cli import doctor
 from luthier.cli.doctor_checks import LIBRARIES, Finding, checks, installed
+from luthier.hardware.calibrate import kernels_timed
 from luthier.hardware.catalogue import MACHINES
 from luthier.hardware.device import Device, Rates
 from luthier.hardware.probe import Accelerator, Machine
+from luthier.hardware.timed import Timed
 
 from .command import Command
 
@@ -64,7 +66,8 @@ def test_calibrate_measures_and_keeps(luthier: Command, monkeypatch: pytest.Monk
     rates = MACHINES[-1].rates
     assert rates is not None
 
-    def measure(device: Device) -> Rates:
+    def measure(device: Device, timed: Timed) -> Rates:
+        assert timed.kernels == kernels_timed(device)
         assert device.disk_gib is not None
         return replace(rates, source="measured by a test")
 

@@ -234,38 +234,43 @@ def test_the_disk_is_that_of_the_run_directory(
     assert asked == [tmp_path / "other" / "disk"] * 3 + [None]
 
 
-def test_a_machine_is_measured_once_before_its_first_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    measured: list[Device] = []
-
-    def calibrate(device: Device) -> Rates:
-        measured.append(device)
-        return replace(RATES, source="measured by a test")
+def test_no_first_step_waits_for_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calibrate(*_: object) -> Rates:
+        raise AssertionError("measured before the run")
 
     monkeypatch.setattr("luthier.hardware.calibrate.calibrate", calibrate)
-    unknown = replace(ROOMY, rates=None)
-    on(monkeypatch, unknown)
-    prepare(recipe(), weights=False)
-    assert measured == [], "a plan measures nothing"
-    first = prepare(recipe())
-    assert measured == [unknown]
-    assert first.plan.time.source == "measured by a test"
-    assert "measuring this machine's speed, once" in capfd.readouterr().err
-    run = begun(tmp_path / "run", first)
-    prepare(recipe(), pins=pins_of(run, resume=False))
-    on(monkeypatch, ROOMY)
-    prepare(recipe())
-    assert measured == [unknown], "it is known by now"
+    on(monkeypatch, replace(ROOMY, rates=None))
+    assert "estimated" in prepare(recipe()).plan.time.source
 
 
-def test_training_really_measures(luthier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("least", "measured"), [(0.0, 1), (3600.0, 0)])
+def test_a_machine_is_measured_after_its_first_long_run(
+    least: float, measured: int, luthier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("luthier.cli.stages._WORTH_MEASURING", least)
     (tmp_path / "recipe.yaml").write_text("model: sprig\ndata: pirate\ntrain: {steps: 1, warmup_steps: 0}\n")
     ended = luthier("train", "recipe.yaml", "--out", "run")
     assert ended.code == 0, ended.err
-    assert len(list((tmp_path / "cache" / "rates").iterdir())) == 1
-    assert read_json(tmp_path / "run" / "plan.json")["time"]["source"].startswith("measured on this machine")
+    assert "estimated" in read_json(tmp_path / "run" / "plan.json")["time"]["source"]
+    assert len(list((tmp_path / "cache").glob("rates/*"))) == measured
+    assert ("measuring this machine's speed for the next plan" in ended.err) == bool(measured)
+
+
+def test_a_run_is_whole_where_the_measurement_has_no_place(
+    luthier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrate(*_: object, **__: object) -> Rates:
+        raise UsageError("the measured rates cannot be kept", "another folder")
+
+    monkeypatch.setattr("luthier.hardware.calibrate.calibrate", calibrate)
+    monkeypatch.setattr("luthier.hardware.calibrate.stored_rates", lambda _: None)
+    monkeypatch.setattr("luthier.cli.stages._WORTH_MEASURING", 0.0)
+    (tmp_path / "recipe.yaml").write_text("model: sprig\ndata: pirate\ntrain: {steps: 1, warmup_steps: 0}\n")
+    ended = luthier("train", "recipe.yaml", "--out", "run")
+    assert ended.code == 0, ended.err
+    assert "the measured rates cannot be kept" in ended.err
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_a_plan_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,13 @@ from typing import get_args
 import pytest
 
 from luthier.errors import UsageError
-from luthier.hardware.calibrate import calibrate, estimate_rates, stored_rates
+from luthier.hardware.calibrate import calibrate, estimate_rates, kernels_timed, stored_rates
 from luthier.hardware.cpu import cpu_device
 from luthier.hardware.device import Device, DeviceKind, Precision, Rates
+from luthier.hardware.kernels import installed_here
 from luthier.hardware.measure import measure
+from luthier.hardware.timed import TorchTimed
+from luthier.train.timed import KernelsTimed
 
 CPU = Device("cpu", "a test's CPU", 8.0, 2, fast=("bf16", "fp32"))
 
@@ -28,10 +31,10 @@ CPU = Device("cpu", "a test's CPU", 8.0, 2, fast=("bf16", "fp32"))
 def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Device, Rates]:
     """A real calibration of this machine, made once: the cache it lies in, the device, the rates."""
     cache = tmp_path_factory.mktemp("rates")
-    device = cpu_device()
+    device = replace(cpu_device(), installed=installed_here())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_CACHE", str(cache))
-        return cache, device, calibrate(device, time.process_time)
+        return cache, device, calibrate(device, time.process_time, KernelsTimed(device))
 
 
 @pytest.fixture
@@ -102,10 +105,23 @@ def test_what_was_measured_is_found_again(kept: tuple[Path, Device, Rates], cach
     assert stored_rates(kept[1]) == kept[2]
 
 
+def test_rates_of_other_kernels_count_as_absent(
+    kept: tuple[Path, Device, Rates], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kept[2].kernels == kernels_timed(kept[1])
+    change(cache, "kernels", "reference")
+    assert stored_rates(kept[1]) is None
+
+
+def test_without_the_kernels_torchs_own_operations_are_timed() -> None:
+    rates = measure(CPU, Clock(0.01))
+    assert rates.kernels == TorchTimed("cpu").kernels == "reference"
+
+
 def test_finding_it_imports_no_torch(cache: Path) -> None:
     code = (
-        "import sys\nfrom luthier.hardware.calibrate import stored_rates\nfrom luthier.hardware.cpu import cpu_device\n"
-        "print(stored_rates(cpu_device()) is not None, 'torch' in sys.modules)"
+        "import sys\nfrom luthier.hardware.calibrate import stored_rates\nfrom luthier.hardware.probe import this_device\n"
+        "print(stored_rates(this_device()) is not None, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
@@ -123,6 +139,7 @@ def test_rates_belong_to_one_machine_and_one_torch(
     device = kept[1]
     assert stored_rates(replace(device, name="another")) is None
     assert stored_rates(replace(device, cores=device.cores + 1)) is None
+    assert stored_rates(replace(device, installed=replace(device.installed, wish="reference"))) is None
     with monkeypatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "63")
         assert stored_rates(device) is None

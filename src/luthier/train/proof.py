@@ -1,7 +1,7 @@
 """The proof: before the first step, the largest micro-batch goes forward and backward as it will while training.
 
-Twice, so that the second pass runs with everything held that a step holds at its fullest: weights, adapter, gradients
-of the pass before, and the optimizer's state. Then gradients are dropped and torch's random generators put back: the
+Everything is held then that a step holds at its fullest: weights, adapter, gradients as of a pass before, and the
+optimizer's state. Then gradients are dropped and torch's random generators put back: the
 run after it is, bit for bit, the run without it (the optimizer's state is made as its first update would make it).
 
 It is done while the run stands at step 0; a run resumed later has stood the real thing. What is out of memory goes down
@@ -30,7 +30,11 @@ __all__ = ["Forecast", "Trial", "load_of", "prove", "step_down"]
 Forecast = Callable[[Settings, Load], Expected]
 """What is predicted of a micro-batch under some settings."""
 
-PASSES = 2
+
+def passes(device: torch.device) -> int:
+    """How many times the micro-batch is taken. A CPU needs one: its memory does not go through a cache that settles,
+    and a second would keep a large model's first step waiting for seconds."""
+    return 1 if device.type == "cpu" else 2
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,20 @@ def step_down(
 
 
 def prove(trainee: Trainee, batch: Batch, settings: Settings, passed: Callable[[Load, int, int], bool]) -> Proof | None:
-    """Take `batch` forward and backward twice and leave everything but the optimizer's first state as it was.
+    """Take `batch` forward and backward and leave everything but the optimizer's first state as it was.
 
     None where `passed` says to give up between the passes.
     """
     decoder, device, load = trainee.decoder, trainee.decoder.device, load_of(batch)
+    total = passes(device)
     generators, seconds = generator_states(device), 0.0
     try:
         allocate_state(trainee.optimizer, trainee.parameters)
         reset_peaks(device)
-        for done in range(PASSES):
-            if not passed(load, done, PASSES):
+        for parameter in trainee.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        for done in range(total):
+            if not passed(load, done, total):
                 return None
             synchronize(device)
             began = time.perf_counter()
