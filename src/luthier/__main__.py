@@ -1,5 +1,5 @@
 """`python -m luthier`."""
 
-from luthier.cli.main import main
+from luthier.cli.start import main
 
 main()

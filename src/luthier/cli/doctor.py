@@ -10,7 +10,7 @@ from importlib import metadata
 from rich.markup import escape
 
 from luthier.cli import console
-from luthier.cli.doctor_checks import LIBRARIES, Finding, checks, installed
+from luthier.cli.doctor_checks import LIBRARIES, Finding, checks, installed, kernels_line
 from luthier.errors import UsageError
 from luthier.hardware.accelerators import Gpu
 from luthier.hardware.catalogue import MACHINES, known
@@ -97,6 +97,7 @@ def _show(machine: Machine, versions: dict[str, str | None], found: tuple[Findin
     for index, one in enumerate(machine.accelerators):
         _line(f"card {index}", _card(one, machine.driver))
     _line("trains on", f"[bold]{escape(device.name)}[/], fast in {', '.join(device.fast)}")
+    _line("kernels", escape(kernels_line(device)))
     if device.link is not None:
         _line("link", f"{device.link / 1e9:,.0f} GB/s each way between {device.count} cards")
     if device.rates is None:

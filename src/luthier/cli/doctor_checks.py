@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
+from luthier.hardware.device import Device
+from luthier.hardware.kernels import VARIABLE, kernels_of
 from luthier.hardware.probe import Accelerator, Machine
 
-__all__ = ["LIBRARIES", "Finding", "Library", "checks", "installed"]
+__all__ = ["LIBRARIES", "Finding", "Library", "checks", "installed", "kernels_line"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def checks(
     found = [
         *_software(versions, python, wanted() if least is None else least),
         *_cards(machine, versions.get("torch")),
+        *_kernels(machine.device),
         *_memory(machine),
         *_disk(machine),
     ]
@@ -145,6 +148,27 @@ def _card(index: int, one: Accelerator) -> Iterator[Finding]:
             severity: Literal["warning", "note"] = "warning" if taken > one.memory_gib / 2 else "note"
             tool = "nvidia-smi" if one.platform == "cuda" else "rocm-smi"
             yield Finding(severity, said, f"{tool} lists the processes; end what you do not need")
+
+
+def kernels_line(device: Device) -> str:
+    """Which kernels training has here, in its best precision; of a CPU also which of the C kernels there are."""
+    precision = next(one for one in ("bf16", "fp16", "fp32") if one in device.fast)
+    there, choice = device.installed, kernels_of(device, precision, "math" if device.kind == "mps" else "flash")
+    if there.wish is not None:
+        return f"{choice.label}, as {VARIABLE} says"
+    if device.kind == "cpu" and there.compiled is None:
+        return f"{choice.label}: {there.reason}"
+    return choice.label
+
+
+def _kernels(device: Device) -> Iterator[Finding]:
+    there = device.installed
+    if device.kind == "cpu" and there.compiled is None:
+        said = f"training computes with torch's own operations, more slowly: {there.reason}"
+        yield Finding("warning", said, "install a C compiler (gcc or clang), and luthier again from its source")
+    if device.kind == "cuda" and not there.triton and not there.rocm:
+        said = "training computes with torch's own operations, more slowly: triton is not installed"
+        yield Finding("warning", said, "pip install triton")
 
 
 def _memory(machine: Machine) -> Iterator[Finding]:

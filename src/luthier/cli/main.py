@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 from rich.markup import escape
 
-from luthier.cli import allocator, commands, console
+from luthier.cli import commands, console
 from luthier.errors import Interrupted, LuthierError, UsageError
 
 __all__ = ["app", "main"]
@@ -46,7 +46,6 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    allocator.settle(words)
     debugging = len(words) < len(sys.argv) - 1
     try:
         app(args=words, prog_name="luthier")
