@@ -12,6 +12,7 @@ import torch
 from luthier.cli import loading
 from luthier.data.prepare import Dataset
 from luthier.evaluate import compare
+from luthier.kernels.choose import kernels_for
 from luthier.model.decoder import Decoder
 from luthier.recipe.schema import EvaluateRecipe
 from luthier.train.memory import memory_peak
@@ -32,18 +33,19 @@ def test_a_run_is_evaluated_with_its_attention(
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(attention=attention))
     assert luthier("train", "recipe.yaml", "--out", "run").code == 0
-    seen: list[tuple[bool, bool]] = []
+    seen: list[tuple[bool, object]] = []
     whole = compare.compare
 
     def spy(decoder: Decoder, dataset: Dataset, asked: EvaluateRecipe, **more: object) -> object:
-        seen.append((torch.backends.cuda.flash_sdp_enabled(), "efficient" in decoder.kernels.name))
+        wanted = kernels_for(decoder.device, decoder.dtype, attention).kernels  # type: ignore[arg-type]
+        seen.append((torch.backends.cuda.flash_sdp_enabled(), decoder.kernels == wanted))
         return whole(decoder, dataset, asked, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(compare, "compare", spy)
     ended = luthier("eval", "run", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)
-    assert seen == [(attention != "math", attention == "efficient")]
+    assert seen == [(attention != "math", True)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")

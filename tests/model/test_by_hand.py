@@ -332,18 +332,18 @@ def test_masks_keep_their_share_and_are_all_different(
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_bf16_is_no_worse_than_the_references(folders: dict[str, Path], kernels: Kernels, family: str) -> None:
     """Both against fp32 with the same numbers. The ratio of their errors varies by 10 % from batch to batch, so that of
-    eight batches together by 3.5 %."""
+    24 batches together by 2 %, and 5 % is two and a half times that."""
     spec = LoRASpec(3, 7.0)
     single = make_decoder(folders[family], spec, rounded=True)
     half = make_decoder(folders[family], spec, torch.bfloat16, rounded=True)
     ours, theirs = [], []
-    for seed in range(8):
+    for seed in range(24):
         case = Case(lengths=(*LENGTHS, 90), seed=seed)
         exact = trained(single, REFERENCE, case)
         theirs.append(trained(half, REFERENCE, case).whole_distance(exact))
         ours.append(trained(half, kernels, case, checkpointing=seed % 4).whole_distance(exact))
     assert min(ours) > 1e-3, "bf16 that is not rounded"
-    assert sum(error**2 for error in ours) < 1.05 * sum(error**2 for error in theirs)
+    assert sum(error**2 for error in ours) < 1.05**2 * sum(error**2 for error in theirs)
 
 
 def test_what_is_overwritten_is_announced(folders: dict[str, Path], kernels: Kernels) -> None:

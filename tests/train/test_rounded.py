@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.batches import Batch, pack
+from luthier.data.batches import ROWS, Batch, pack
 from luthier.data.conversation import IGNORED, Example
 from luthier.evaluate.loss import held_out_loss
 from luthier.train.session import make_trainee
@@ -25,14 +26,14 @@ def example(length: int, seed: int, weighted: bool = False) -> Example:
     return Example(ids=ids, labels=np.where(draw.random(length) < 0.3, IGNORED, ids), row=seed, weights=weights)
 
 
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(1, 20), st.integers(1, 5), st.booleans())
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=6), st.integers(1, 20), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_every_token_keeps_its_document_and_place(lengths: list[int], part: int, times: int, weighted: bool) -> None:
+def test_every_token_keeps_its_document_and_place(lengths: list[int], part: int, weighted: bool) -> None:
     batch = pack([example(length, seed, weighted) for seed, length in enumerate(lengths)])
-    rounded = batch.rounded(part, part * times)
-    assert all(length % part == 0 for length in rounded.lengths)
-    assert rounded.tokens % (part * times) == 0
-    assert rounded.tokens == sum(rounded.lengths) < batch.tokens + len(lengths) * part + part * times
+    rounded = batch.rounded(part)
+    assert all(length % part == 0 for length in rounded.lengths[: len(lengths)])
+    assert rounded.tokens % ROWS == 0
+    assert rounded.tokens == sum(rounded.lengths) < batch.tokens + len(lengths) * part + ROWS
     old, new = batch.ids_T.split(list(batch.lengths)), rounded.ids_T.split(list(rounded.lengths))
     labels, filled = batch.labels_T.split(list(batch.lengths)), rounded.labels_T.split(list(rounded.lengths))
     for before, after, label, fill in zip(old, new, labels, filled, strict=False):  # the last may be filling alone
@@ -41,6 +42,20 @@ def test_every_token_keeps_its_document_and_place(lengths: list[int], part: int,
         assert (fill[len(label) :] == IGNORED).all()
     assert rounded.labelled == batch.labelled
     assert rounded.weight == pytest.approx(batch.weight)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=4), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_rows_of_the_head(lengths: list[int], rounded: bool, labels: bool) -> None:
+    """All that have a label, each once and in order; rounded, as many others as a multiple needs and there are."""
+    batch = pack([example(length, seed) for seed, length in enumerate(lengths)])
+    if not labels:
+        batch = replace(batch, labels_T=torch.full_like(batch.labels_T, IGNORED))
+    placed, rows = batch.placed(torch.device("cpu"), torch.float32, rounded=rounded)
+    assert torch.equal(rows, rows.unique())
+    wanted = (placed.labels_T != IGNORED).nonzero().squeeze(1)
+    assert set(wanted.tolist()) <= set(rows.tolist())
+    assert len(rows) == (-(-batch.labelled // ROWS) * ROWS if rounded else batch.labelled)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -110,9 +110,15 @@ class Batch:
         """
         return self.rounded(document) if is_rounded(device, dtype) else self.to(device)
 
-    def placed(self, device: torch.device, dtype: torch.dtype, document: int = 16) -> tuple[Batch, Tensor]:
-        """`on`, and there too the positions that have a label (`predicting`), found without waiting for the device."""
-        batch, rounded = self.on(device, dtype, document), is_rounded(device, dtype)
+    def placed(
+        self, device: torch.device, dtype: torch.dtype, document: int = 16, *, rounded: bool = False
+    ) -> tuple[Batch, Tensor]:
+        """`on`, and there too the positions that have a label (`predicting`), found without waiting for the device.
+
+        `rounded`: round up in any dtype.
+        """
+        rounded = rounded or is_rounded(device, dtype)
+        batch = self.rounded(document) if rounded else self.to(device)
         labelled_n = (batch if rounded else self).predicting(rounded=rounded)
         return batch, labelled_n.to(device)
 

@@ -65,7 +65,7 @@ def _summed(
     for group in _groups(examples, tokens_per_batch):
         packed = pack(group)
         tokens += packed.labelled
-        batch, rows_n = packed.placed(decoder.device, decoder.dtype, decoder.kernels.document)
+        batch, rows_n = packed.placed(decoder.device, decoder.dtype, decoder.kernels.document, rounded=decoder.rounds)
         hidden_nD = decoder.hidden(batch.ids_T, batch.lengths, rows_n=rows_n)
         total += float(decoder.kernels.linear_cross_entropy(hidden_nD, decoder.head_weight, batch.labels_T[rows_n]))
         rows += len(group)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from luthier.kernels.products import linear, product
+
 __all__ = ["IGNORED", "CrossEntropy", "cross_entropy", "every_row", "filled_cross_entropy", "linear_cross_entropy"]
 
 IGNORED = -100
@@ -82,10 +84,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             h_CD = hidden_nD[rows]
             weights_C = None if weights_n is None else weights_n[rows]
-            loss_C, error_CV = of_rows(h_CD @ weight_VD.T, labels_n[rows], weights_C, wants_hidden or wants_weight)
+            loss_C, error_CV = of_rows(linear(h_CD, weight_VD), labels_n[rows], weights_C, wants_hidden or wants_weight)
             total += loss_C.sum()
             if grad_nD is not None:
-                torch.mm(error_CV.to(h_CD.dtype), weight_VD, out=grad_nD[rows])
+                grad_nD[rows] = product(error_CV.to(h_CD.dtype), weight_VD)
             if grad_VD is not None:
                 grad_VD += error_CV.to(wide).T @ h_CD.to(wide)
             del error_CV  # else it is held while the next chunk is made

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from luthier.kernels import REFERENCE, Kernels
+from luthier.kernels.products import uses_onednn
 from luthier.model.by_hand import layer_by_hand
 from luthier.model.cache import Cache
 from luthier.model.config import ModelConfig, projection_shapes
@@ -169,6 +170,11 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
+
+    @property
+    def rounds(self) -> bool:
+        """Whether products are faster with a number of rows that was there before (see Batch.rounded)."""
+        return self.kernels.by_hand is not None and uses_onednn(self.device, self.dtype)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -1,8 +1,8 @@
 """Projections that read the same input, with their adapters, forward and backward by hand (for model/by_hand.py).
 
-For y = x W' + low (s B)' with low = x A' (lora.py; A acts on the input that dropout leaves), and g the gradient of y:
+For y = x W' + low B' with low = s x A' (lora.py; A acts on the input that dropout leaves), and g the gradient of y:
 
-    d low = g (s B)      dA = d low' x      dB = s g' low      dx = g W + d low A
+    d low = s g B      dA = d low' x      dB = g' low      dx = g W + d low A
 
 The thin products cost far more than their few operations, for each goes over x or dx once. So those of all adapters
 here are one: their A stand under one another, and low is (T, R) with R the sum of their ranks. With dropout each has an
@@ -17,8 +17,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from luthier.kernels.products import add_product, linear, product, weighted_sum
 from luthier.model.projection import Adapter, Projection
 
 __all__ = ["Joint", "joints"]
@@ -46,6 +46,7 @@ class Joint:
         }
         first = next(iter(projections))
         self.low, self.mask = f"low of {first}", f"mask of {first}"
+        (self.scaling,) = {one.scaling for one in self.adapted.values()} or {1.0}  # one spec made them all
         self._cast: dict[str, Tensor] = {}  # A and B in the compute dtype, made once for both directions
 
     def forward(self, x_TI: Tensor, kept: dict[str, Tensor], onto: Tensor | None = None) -> list[Tensor]:
@@ -54,11 +55,11 @@ class Joint:
         if self.adapted:
             if self.dropout:
                 x_TI, kept[self.mask] = torch.native_dropout(x_TI, self.dropout, True)
-            kept[self.low] = functional.linear(x_TI, self._A(x_TI.dtype))
+            kept[self.low] = linear(x_TI, self._A(x_TI.dtype)).mul_(self.scaling)
             low_Tr = self._parts(kept[self.low])
             for y, name in zip(y_TO, self.projections, strict=True):
                 if name in self.adapted:
-                    y.addmm_(low_Tr[name], self._sB(name, y.dtype).t())
+                    add_product(y, low_Tr[name], self._B(name, y.dtype).t())
         return y_TO
 
     def mask_again(self, x_TI: Tensor, kept: dict[str, Tensor]) -> None:
@@ -68,8 +69,10 @@ class Joint:
 
     def low_gradient(self, grads: Mapping[str, Tensor]) -> Tensor | None:
         """d low (T, R) from the gradient of each y; None where nothing is adapted."""
-        parts = [grads[name] @ self._sB(name, grads[name].dtype) for name in self.adapted]
-        return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if not self.adapted:
+            return None
+        parts = [product(grads[name], self._B(name, grads[name].dtype)) for name in self.adapted]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mul_(self.scaling)
 
     def input_gradient(self, grads: Mapping[str, Tensor], dlow_TR: Tensor | None, kept: Mapping[str, Tensor]) -> Tensor:
         """dx (T, I)."""
@@ -81,8 +84,8 @@ class Joint:
             return dx_TI
         A_RI = self._A(dx_TI.dtype)
         if not self.dropout:
-            return dx_TI.addmm_(dlow_TR, A_RI)
-        return dx_TI.addcmul_(dlow_TR @ A_RI, kept[self.mask], value=1 / (1 - self.dropout))
+            return add_product(dx_TI, dlow_TR, A_RI)
+        return dx_TI.addcmul_(product(dlow_TR, A_RI), kept[self.mask], value=1 / (1 - self.dropout))
 
     def leaf_gradients(
         self, grads: Mapping[str, Tensor], dlow_TR: Tensor | None, x_TI: Tensor, kept: Mapping[str, Tensor]
@@ -93,12 +96,12 @@ class Joint:
         if self.dropout:
             x_TI = x_TI * kept[self.mask] * (1 / (1 - self.dropout))
         low_Tr = self._parts(kept[self.low])
-        dA_RI = (dlow_TR.t() @ x_TI).to(torch.promote_types(x_TI.dtype, torch.float32))
+        dA_RI = weighted_sum(dlow_TR, x_TI).to(torch.promote_types(x_TI.dtype, torch.float32))
         found: dict[str, tuple[Tensor, Tensor]] = {}
         start = 0
         for name, one in self.adapted.items():
             rank = one.A.shape[0]
-            dB_Or = (grads[name].t() @ low_Tr[name]).to(one.B.dtype).mul_(one.scaling)
+            dB_Or = weighted_sum(grads[name], low_Tr[name]).to(one.B.dtype)
             found[name] = dA_RI[start : start + rank], dB_Or
             start += rank
         return found
@@ -110,11 +113,10 @@ class Joint:
             self._cast["A"] = (leaves[0].detach() if len(leaves) == 1 else torch.cat(leaves)).to(dtype)
         return self._cast["A"]
 
-    def _sB(self, name: str, dtype: torch.dtype) -> Tensor:  # noqa: N802  s times the matrix B
+    def _B(self, name: str, dtype: torch.dtype) -> Tensor:  # noqa: N802  the matrix B
         """(O, r) in the compute dtype."""
         if name not in self._cast:
-            one = self.adapted[name]
-            self._cast[name] = (one.B * one.scaling).to(dtype)
+            self._cast[name] = self.adapted[name].B.detach().to(dtype)
         return self._cast[name]
 
     def _parts(self, low_TR: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from luthier.kernels.products import add_product, linear, product
+
 __all__ = ["Adapter", "Projection"]
 
 
@@ -62,14 +64,14 @@ class Projection(nn.Module):
         """x W' + b, and `onto` where that is given (which stays as it is). Not for autograd: model/by_hand.py's."""
         weight_OI = self.dense()
         if onto_TO is None:
-            return functional.linear(x_TI, weight_OI, self.bias)
-        y_TO = torch.addmm(onto_TO, x_TI, weight_OI.t())
+            return linear(x_TI, weight_OI, self.bias)
+        y_TO = add_product(onto_TO.clone(), x_TI, weight_OI.t())
         return y_TO if self.bias is None else y_TO.add_(self.bias)
 
     def multiply_back(self, grad_TO: Tensor, onto_TI: Tensor | None = None) -> Tensor:
         """g W, the gradient of x from that of y; where `onto` is given, added into it. Not for autograd either."""
         weight_OI = self.dense()
-        return grad_TO @ weight_OI if onto_TI is None else onto_TI.addmm_(grad_TO, weight_OI)
+        return product(grad_TO, weight_OI) if onto_TI is None else add_product(onto_TI, grad_TO, weight_OI)
 
     def frozen(self, x_TI: Tensor) -> Tensor:
         """The base model's own output."""

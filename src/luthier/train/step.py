@@ -98,7 +98,7 @@ def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: G
 
 def add_gradient(decoder: Decoder, micro_batch: Batch, weight: float, scaler: GradScaler | None) -> torch.Tensor:
     """One micro-batch forward and backward; returns the sum of its losses, which the gradient divides by `weight`."""
-    batch, rows_n = micro_batch.placed(decoder.device, decoder.dtype, decoder.kernels.document)
+    batch, rows_n = micro_batch.placed(decoder.device, decoder.dtype, decoder.kernels.document, rounded=decoder.rounds)
     hidden_nD = decoder.hidden(batch.ids_T, batch.lengths, rows_n=rows_n)
     weights_n = None if batch.weights_T is None else batch.weights_T[rows_n]
     summed = decoder.kernels.linear_cross_entropy(
