@@ -5,7 +5,8 @@ own, drawn by PCG64 from (seed, epoch) (epochs.py). Optimizer step k is units kÂ
 step has B units: where an epoch does not divide by B, its last units share a step with the first of the next. Step k
 depends on (examples, B, seed, k) alone; a run that is resumed asks for it and does not walk there.
 
-A step is cut into micro-batches of at most `micro_batch` units, balanced by tokens (longest unit first into the
+A step is cut into micro-batches of at most `micro_batch` units and of not many more tokens than so many rows have on
+average, balanced by tokens (longest unit first into the
 emptiest, Graham 1969), so that the largest, which decides memory, is small. Since the loss is summed over labelled
 tokens and divided once per step, the cut does not change the gradient.
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from luthier.data.conversation import IGNORED, Example
 from luthier.data.epochs import Epochs
+from luthier.recipe.micro_batch import most_tokens
 
 __all__ = ["Batch", "Batches", "Measured", "filling", "is_rounded", "pack"]
 
@@ -178,7 +180,7 @@ class Batches:
         examples: the training rows, at least one; read as they are asked for. Where they are `Measured` their lengths
             and weights are used, else the lengths are counted where they are needed and every row weighs 1.
         batch_size: units per optimizer step.
-        micro_batch: units per micro-batch at most.
+        micro_batch: units per micro-batch at most; of rows, no more than have `most_tokens` (recipe/micro_batch.py).
         seed: draws the order of every epoch.
         capacity: a unit is a pack of at most so many tokens; None: a row.
         longest_first: the first epoch's whole steps in descending order of tokens.
@@ -200,15 +202,21 @@ class Batches:
         self.batch_size = batch_size
         self.micro_batch = min(micro_batch, batch_size)
         self._packed = capacity is not None
-        lengths = self._lengths() if capacity is not None or longest_first else None
+        lengths = self._lengths()
+        self.most_tokens = None if self._packed else self._most_tokens(lengths)
         self._epochs = Epochs(
             len(examples),
             seed,
             weights=examples.weights if isinstance(examples, Measured) else None,
-            lengths=lengths,
+            lengths=lengths if self._packed or longest_first else None,
             capacity=capacity,
             longest_first=batch_size if longest_first else 0,
         )
+
+    def _most_tokens(self, lengths: NDArray[np.int32]) -> int:
+        weights = self.examples.weights if isinstance(self.examples, Measured) else np.ones(len(lengths))
+        seen = lengths[weights > 0]
+        return most_tokens(self.micro_batch, float(np.average(lengths, weights=weights)), int(seen.max()))
 
     def _lengths(self) -> NDArray[np.int32]:
         if isinstance(self.examples, Measured):
@@ -217,6 +225,8 @@ class Batches:
 
     def heaviest(self) -> Batch:
         """As many of the longest rows, or of the first epoch's fullest packs, as a micro-batch may have, together.
+
+        Of rows, until they have as many tokens as it may have: by less than a row they may have more.
 
         A row of weight 2 may stand in it twice; where there are fewer rows than that, all again. No micro-batch within
         an epoch has more tokens (of packs: within the first). One that spans two epochs could, where both have their
@@ -231,6 +241,8 @@ class Batches:
             weights = self.examples.weights if isinstance(self.examples, Measured) else np.ones(len(lengths))
             seen = np.repeat(np.arange(len(lengths)), np.ceil(weights).astype(np.int64))
             rows = seen[self._fullest(lengths[seen])]
+            if self.most_tokens is not None:  # the longest, until they are as many tokens as there may be
+                rows = rows[: int(np.searchsorted(np.cumsum(lengths[rows]), self.most_tokens)) + 1]
         return pack([self.examples[row] for row in rows.tolist()])
 
     def _fullest(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -274,7 +286,7 @@ class Batches:
         The largest comes first so that a run that does not fit stops at once.
         """
         chosen = [[self.examples[index] for index in unit.tolist()] for unit in self.units(step)]
-        parts = _balance([sum(map(len, unit)) for unit in chosen], self.micro_batch)
+        parts = _balance([sum(map(len, unit)) for unit in chosen], self.micro_batch, self.most_tokens)
         return tuple(pack([example for unit in part for example in chosen[unit]]) for part in parts)
 
     def epoch(self, step: int) -> float:
@@ -282,9 +294,20 @@ class Batches:
         return step * self.batch_size / self.units_per_epoch
 
 
-def _balance(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices into `lengths`, in as few parts of at most `most` as can be, near equal in sum; largest sum first."""
-    parts: list[list[int]] = [[] for _ in range(-(-len(lengths) // most))]
+def _balance(lengths: Sequence[int], most: int, tokens: int | None) -> list[list[int]]:
+    """Indices into `lengths` in parts of at most `most` and, where that is given, of at most `tokens` in sum (a longer
+    one goes alone): as few as that takes, near equal in sum; largest sum first."""
+    count = -(-len(lengths) // most)
+    parts = _dealt(lengths, most, count)
+    while tokens is not None and count < len(lengths) and sum(lengths[i] for i in parts[0]) > tokens:
+        count += 1
+        parts = _dealt(lengths, most, count)
+    return parts
+
+
+def _dealt(lengths: Sequence[int], most: int, count: int) -> list[list[int]]:
+    """The same in `count` parts: the longest first, each to where there is least."""
+    parts: list[list[int]] = [[] for _ in range(count)]
     sums = [0] * len(parts)
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         emptiest = min((p for p in range(len(parts)) if len(parts[p]) < most), key=lambda p: (sums[p], p))

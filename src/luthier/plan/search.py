@@ -24,6 +24,7 @@ been freed by then. So for each micro-batch the least number of recomputed layer
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,6 +41,7 @@ from luthier.plan.sizes import EVALUATION_TOKENS
 from luthier.plan.speed import Speed, predict_speed
 from luthier.plan.support import OPTIMIZER_DEVICES, QUANTIZE_DEVICES, attentions
 from luthier.plan.work import Sharding, Work
+from luthier.recipe.micro_batch import most_tokens
 
 __all__ = [
     "MARGIN",
@@ -104,7 +106,9 @@ class Task:
         """Of the heaviest micro-batch that can come."""
         if self.packed is not None:
             return micro_batch * self.max_length
-        return self.lengths.heaviest(micro_batch, self.max_length)
+        most = most_tokens(micro_batch, self.step_tokens / self.batch_size, self.longest)
+        rows = 1 + bisect_left(range(1, micro_batch), most, key=lambda n: self.lengths.heaviest(n, self.max_length))
+        return self.lengths.heaviest(rows, self.max_length)
 
     @cached_property
     def longest(self) -> int:

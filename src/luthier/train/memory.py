@@ -82,6 +82,7 @@ def memory_now(device: torch.device) -> Memory:
 _WORDS = (
     *("DefaultCPUAllocator: can't allocate memory", "out of memory"),
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),  # no room for these libraries' own buffers
+    "could not create a primitive",  # oneDNN, for a kernel or its buffers; "primitive descriptor" is another fault
 )
 
 
@@ -89,4 +90,4 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """torch has a class of its own for CUDA's allocator only; the others' errors are known by what they say."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(words in str(error) for words in _WORDS)
+    return any(words in str(error) for words in _WORDS) and "primitive descriptor" not in str(error)
