@@ -11,10 +11,10 @@ import orjson
 import pytest
 
 from luthier.cli import doctor
-from luthier.cli.doctor_checks import LIBRARIES, Finding, checks, installed
+from luthier.cli.doctor_checks import LIBRARIES, Finding, checks, installed, kernels_line
 from luthier.hardware.calibrate import kernels_timed
 from luthier.hardware.catalogue import MACHINES
-from luthier.hardware.device import Device, Rates
+from luthier.hardware.device import Device, Installed, Rates
 from luthier.hardware.probe import Accelerator, Machine
 from luthier.hardware.timed import Timed
 
@@ -214,3 +214,17 @@ def test_the_worst_comes_first() -> None:
 def test_every_finding_says_what_to_do() -> None:
     sick = replace(SOUND, disk_gib=0.0, limit_gib=8.0, free_gib=3.0, driver="1", signs=True)
     assert all(one.remedy for one in found(sick, dict.fromkeys(ALL)))
+
+
+def test_kernels_are_told_and_how_to_get_them() -> None:
+    sound = replace(SOUND, device=replace(CPU, installed=Installed(compiled="avx2")))
+    assert kernels_line(sound.device) == "native, avx2"
+    none = replace(CPU, installed=Installed(compiled=None, reason="there is no library"))
+    assert kernels_line(none) == "torch: there is no library"
+    (found,) = (one for one in checks(replace(SOUND, device=none), {}, (3, 12), {}) if "more slowly" in one.message)
+    assert found.severity == "warning"
+    assert "C compiler" in str(found.remedy)
+    assert not [one for one in checks(sound, {}, (3, 12), {}) if "more slowly" in one.message]
+    assert kernels_line(replace(CPU, installed=Installed(compiled="avx2", wish="reference"))) == (
+        "reference, as LUTHIER_KERNELS says"
+    )

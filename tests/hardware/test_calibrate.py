@@ -120,7 +120,8 @@ def test_without_the_kernels_torchs_own_operations_are_timed() -> None:
 
 def test_finding_it_imports_no_torch(cache: Path) -> None:
     code = (
-        "import sys\nfrom luthier.hardware.calibrate import stored_rates\nfrom luthier.hardware.probe import this_device\n"
+        "import sys\nfrom luthier.hardware.calibrate import stored_rates\n"
+        "from luthier.hardware.probe import this_device\n"
         "print(stored_rates(this_device()) is not None, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

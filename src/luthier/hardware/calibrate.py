@@ -178,7 +178,9 @@ def _estimate(device: Device) -> Rates:
         flops = {one: _MPS_CORE[one] * device.cores for one in _trained(device)}
         return _rates(flops, attention=0.3, bandwidth=1e10 * device.cores, operation=3e-5, fresh=None)
     flops = {one: _CPU_CYCLE[one] * _CLOCK * device.cores for one in _trained(device) if one in _CPU_CYCLE}
-    return _rates(flops, attention=0.2, bandwidth=2e10 * min(device.cores, 8), operation=8e-6, fresh=3e9)
+    native = kernels_timed(device).startswith("native")  # its attention makes nearly as much of a core as products do
+    attention, operation = (0.6, 1.5e-5) if native else (0.2, 8e-6)
+    return _rates(flops, attention=attention, bandwidth=2e10 * min(device.cores, 8), operation=operation, fresh=3e9)
 
 
 def _estimate_cuda(device: Device) -> Rates:

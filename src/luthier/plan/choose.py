@@ -19,7 +19,7 @@ from luthier.plan.adapter import (
     choose_rank,
     choose_targets,
 )
-from luthier.plan.computing import choose_allocator, choose_attention, choose_kernels, not_in_this_version
+from luthier.plan.computing import choose_computing
 from luthier.plan.decision import YOURS, Decision
 from luthier.plan.fitting import Found, decide, held_by_others
 from luthier.plan.machine import choose_precision, hardware_source
@@ -51,6 +51,8 @@ from luthier.plan.timing import evaluation_seconds, plan_time
 from luthier.recipe.schema import Recipe
 
 __all__ = ["DataFacts", "Epoch", "Lengths", "choose"]
+
+_NO_WORKERS = "Batches are cut from a memory-mapped file by the training process itself: no worker takes memory."
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,13 @@ def choose(
         *_given(recipe, device, config),
         precision,
         *decide(Found(recipe, task, device, margin, best)),
-        choose_kernels(device, precision.value, best.work.attention),
-        choose_attention(recipe, device, config, precision.value),
-        *choose_allocator(device),
+        *choose_computing(recipe, device, config, precision.value),
         *(adapter.targets, adapter.rank, adapter.alpha, adapter.rate),
         *(course.max_length, course.packing, course.batch_size, course.epochs, course.steps, course.warmup_steps),
         *(evaluate, save),
         *rows_as_given(recipe, facts.lengths, course.max_length.value),
         *as_given(recipe),
-        *not_in_this_version(device, precision.value, best.work.attention),
+        Decision("train.workers", 0, _NO_WORKERS, "this version"),
     )
     trainable = adapter_parameters(config, adapter.targets.value, adapter.rank.value)
     return Plan(

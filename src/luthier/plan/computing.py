@@ -1,9 +1,9 @@
-"""What a run computes with, as decisions of the plan: kernels, attention, the allocator, and what is always one way."""
+"""What a run computes with, as decisions of the plan: kernels, attention, compilation, the allocator."""
 
 from __future__ import annotations
 
 from luthier.hardware.device import Device, Precision
-from luthier.hardware.kernels import VARIABLE, kernels_of
+from luthier.hardware.kernels import VARIABLE, KernelChoice, kernels_of
 from luthier.model.config import ModelConfig
 from luthier.plan import sources
 from luthier.plan.decision import YOURS, Decision
@@ -11,7 +11,7 @@ from luthier.plan.search import attention_on
 from luthier.plan.settings import Attention
 from luthier.recipe.schema import Recipe
 
-__all__ = ["TUNABLES", "choose_allocator", "choose_attention", "choose_kernels", "not_in_this_version"]
+__all__ = ["TUNABLES", "choose_computing"]
 
 TUNABLES = "tcache_count=0:mxfast=0:mmap_max=0:trim_threshold=17179869184:top_pad=33554432"
 """What cli/allocator.py sets of glibc's allocator; held equal by a test."""
@@ -33,9 +33,17 @@ _WITHOUT = {
 }
 
 
-def choose_kernels(device: Device, precision: Precision, attention: Attention) -> Decision[str]:
+def choose_computing(
+    recipe: Recipe, device: Device, config: ModelConfig, precision: Precision
+) -> tuple[Decision[object], ...]:
+    """Kernels, attention, compilation, and where it is set the allocator."""
+    attention = _attention(recipe, device, config, precision)
+    choice = kernels_of(device, precision, attention.value)
+    return (_kernels(device, choice), attention, _compilation(choice), *_allocator(device))
+
+
+def _kernels(device: Device, choice: KernelChoice) -> Decision[str]:
     """The set of kernels; which one is no setting of a run, for a run may be gone on with under another."""
-    choice = kernels_of(device, precision, attention)
     variant = choice.label.partition(", ")[2]
     reason = _DOES[choice.name].format(variant=f" compiled for {variant}" if variant else "")
     if choice.notice:
@@ -45,7 +53,7 @@ def choose_kernels(device: Device, precision: Precision, attention: Attention) -
     return Decision("train.kernels", choice.label, reason, "this installation", _WITHOUT[choice.name])
 
 
-def choose_allocator(device: Device) -> tuple[Decision[str], ...]:
+def _allocator(device: Device) -> tuple[Decision[str], ...]:
     """Where training on this device sets the C library's allocator, and to what; elsewhere nothing."""
     if device.kind != "cpu" or not device.installed.glibc:
         return ()
@@ -60,7 +68,7 @@ def choose_allocator(device: Device) -> tuple[Decision[str], ...]:
     return (Decision("train.allocator", TUNABLES, reason, "measured: docs/decisions/0009"),)
 
 
-def choose_attention(recipe: Recipe, device: Device, config: ModelConfig, precision: Precision) -> Decision[Attention]:
+def _attention(recipe: Recipe, device: Device, config: ModelConfig, precision: Precision) -> Decision[Attention]:
     """How attention is computed: with kernels by hand in blocks, else by a backend of torch."""
     usual, asked = attention_on(device, config, precision), recipe.train.attention
     reasons = {
@@ -89,16 +97,10 @@ def choose_attention(recipe: Recipe, device: Device, config: ModelConfig, precis
     return Decision("train.attention", usual, reason, source, rejected[usual])
 
 
-def not_in_this_version(device: Device, precision: Precision, attention: Attention) -> tuple[Decision[object], ...]:
-    """What a reader looks for in a plan and this version always does in one way."""
-    batches = "Batches are cut from a memory-mapped file by the training process itself: no worker takes memory."
-    compiled = {
+def _compilation(choice: KernelChoice) -> Decision[bool]:
+    reasons = {
         "native": "Nothing is compiled while it trains: the C kernels were, when luthier was installed.",
         "cuda": "torch.compile is not used; Triton compiles the kernels of train.kernels when each is first called.",
     }
     usual = "Nothing is compiled: what runs is torch's own operations."
-    kernels = compiled.get(kernels_of(device, precision, attention).name, usual)
-    return (
-        Decision("train.compile", False, kernels, "this version"),
-        Decision("train.workers", 0, batches, "this version"),
-    )
+    return Decision("train.compile", False, reasons.get(choice.name, usual), "this version")

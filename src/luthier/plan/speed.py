@@ -114,7 +114,7 @@ def predict_speed(work: Work, device: Device) -> Speed:
     forward, backward = model.forward(training=True), model.backward()
     layers, again = work.config.layers, work.recomputed
     once = forward.times(layers) + backward.times(layers) + model.ends(training=True)
-    recomputed = (forward + _Cost(operations=_RECOMPUTE_OPERATIONS)).times(again)
+    recomputed = model.again().times(again)
     batch = once + recomputed
     host = batch.operations * rates.operation
     if device.kind != "cpu":
@@ -191,10 +191,10 @@ class _Model:
         points = [(r.precision, r.width, r.flops) for r in self.rates.matmul]
         return flops / _rate_at(self.rates, self.work.precision, points, width) * self.few
 
-    def frozen(self) -> float:
-        """Seconds of the seven products in one direction; the weights are read once."""
+    def frozen(self, *names: str) -> float:
+        """Seconds of the products with these weights, or all seven, in one direction; the weights are read once."""
         total = 0.0
-        for out, inp in self.shapes.values():
+        for out, inp in (self.shapes[name] for name in names or self.shapes):
             total += self.product(min(out, inp), 2.0 * self.tokens * out * inp)
             total += out * inp * self.stored / self.rates.bandwidth
         return total
@@ -225,6 +225,13 @@ class _Model:
             dequantize=unpacking,
             operations=passes.operations + calls + unpack_operations,
         )
+
+    def again(self) -> _Cost:
+        """One layer that is recomputed; by hand without its last product."""
+        cost = self.forward(training=True)
+        if self.by_hand:
+            return replace(cost, products=cost.products - self.frozen("down_proj"))
+        return cost + _Cost(operations=_RECOMPUTE_OPERATIONS)
 
     def backward(self) -> _Cost:
         """One layer."""
