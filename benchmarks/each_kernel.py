@@ -1,11 +1,11 @@
 """Each kernel of a layer, forward and backward: the reference under autograd, torch's by hand, and the C ones.
 
-    python benchmarks/kernels.py [--threads 2] [--rounds 15]
+    python benchmarks/each_kernel.py [--threads 2] [--rounds 15]
 
 The shapes are those of the 135M workload with a batch of eight rows (1,152 tokens in documents of 144, 9 heads and 3
 key heads of 64, 1,536 inner, 49,152 words; 320 labelled rows for the loss), in bf16 and fp32. The three sides take
 turns, so that a machine that changes its speed changes it for all; what is printed and written to
-results/kernels.json are medians in milliseconds and how many times the reference's speed the others have.
+results/each_kernel.json are medians in milliseconds and how many times the reference's speed the others have.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     machine = {"cpu": device.name, "cores": device.cores, "threads": options.threads, "memory_gib": device.memory_gib}
     document = {"machine": machine, "torch": torch.__version__, "python": platform.python_version(), "results": results}
     document["compiled"] = compiled_kernels().variant
-    out = Path(__file__).parent / "results" / "kernels.json"
+    out = Path(__file__).parent / "results" / "each_kernel.json"
     out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     for row in results:
         print(f"{row['dtype']}  {row['kernel']:14s}", *(f"{side} {row[side]:8.2f} ms" for side in SIDES), row["times"])
