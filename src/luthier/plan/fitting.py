@@ -189,7 +189,7 @@ def _micro_batch(found: Found) -> Decision[int]:
             deeper = rival.choice.recomputed - found.choice.recomputed
             more = f", {deeper} more layers recomputed" if deeper > 0 else ""
             rejected.append(f"{other:,}: {_times(rival, found.best)}{more}")
-    reason = f"The fastest of what fits, of the divisors of {batch:,}: {what}; {each}."
+    reason = f"Of the divisors of {batch:,} that fit, the leanest that is about as fast as the fastest: {what}; {each}."
     if len(options) == 1:
         reason = f"A batch of {batch:,} cannot be divided: {what}."
     return Decision("train.micro_batch", rows, reason, sources.MICRO_BATCH, tuple(rejected))

@@ -6,15 +6,17 @@ class:
 
     16-bit base, AdamW  >  16-bit, 8-bit AdamW  >  NF4, AdamW  >  NF4, 8-bit AdamW
 
-and within a class the fastest; at equal time the one that recomputes fewer layers, then the larger micro-batch.
+and within a class, of those that take at most NEAR longer than the fastest, the one that needs least memory; at equal
+memory the faster one, then the one that recomputes fewer layers.
 
 The class stands before the time because two wishes conflict where a 16-bit base only just fits: there NF4 can be the
 faster plan, for it leaves room to keep activations that 16-bit would have to recompute. NF4 rounds the base that is
 learned on, and 8-bit state rounds the moments, so both are taken only where nothing else fits; what it would have
 been in 4 bits stands in the decision. Paged state is never taken unasked.
 
-Within a class a candidate's predicted time depends on the candidate alone, and more memory only adds candidates. So
-more memory gives neither a slower plan of the same class nor a worse class, and the same holds of a smaller margin.
+Within a class a candidate's predicted time depends on the candidate alone, and more memory only adds candidates that
+need more than all before. So where the choice changes, the one before is no longer near the fastest: more memory gives
+neither a slower plan of the same class nor a worse class, and the same holds of a smaller margin.
 
 Memory rises with the micro-batch, and falls with every layer that is recomputed, from the first on. The last layer is a
 case of its own: recomputing it keeps less while the loss is computed, but as its backward pass comes first, nothing has
@@ -62,6 +64,9 @@ __all__ = [
     "used_devices",
     "without_limits",
 ]
+
+NEAR = 1.05
+"""Times as long as the fastest plan that counts as no slower: predictions of time are no better than that."""
 
 MARGIN = 0.08
 """Of the usable memory, what a plan leaves free: for the error of the prediction, and for what others take later."""
@@ -274,10 +279,10 @@ def _within_class(task: Task, device: Device, margin: float, base: Quantize, sta
             yield candidate(task, device, found)
 
 
-def _order(one: Candidate) -> tuple[float, int, int, int]:
+def _order(one: Candidate) -> tuple[int, float, int, int, int]:
     """The best first; a tie goes to a replica on each device before one cut over all."""
-    choice = one.choice
-    return one.speed.step_seconds, choice.recomputed, -choice.micro_batch, int(choice.sharding == "fsdp")
+    choice, seconds = one.choice, one.speed.step_seconds
+    return one.memory.peak.bytes, seconds, choice.recomputed, -choice.micro_batch, int(choice.sharding == "fsdp")
 
 
 def without_limits(device: Device) -> Device:
@@ -290,7 +295,8 @@ def search(task: Task, device: Device, margin: float = MARGIN) -> Candidate | No
     for base, state in classes(task, device):
         found = list(_within_class(task, device, margin, base, state))
         if found:
-            return min(found, key=_order)
+            enough = NEAR * min(one.speed.step_seconds for one in found)
+            return min((one for one in found if one.speed.step_seconds <= enough), key=_order)
     return None
 
 
