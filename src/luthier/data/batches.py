@@ -6,9 +6,9 @@ step has B units: where an epoch does not divide by B, its last units share a st
 depends on (examples, B, seed, k) alone; a run that is resumed asks for it and does not walk there.
 
 A step is cut into micro-batches of at most `micro_batch` units and of not many more tokens than so many rows have on
-average, balanced by tokens (longest unit first into the
-emptiest, Graham 1969), so that the largest, which decides memory, is small. Since the loss is summed over labelled
-tokens and divided once per step, the cut does not change the gradient.
+average, balanced by tokens (longest unit first into the emptiest, Graham 1969), so that the largest, which decides
+memory, is small. Since the loss is summed over labelled tokens and divided once per step, the cut does not change the
+gradient.
 
 With `longest_first` the whole steps of the first epoch come in descending order of tokens, so that a run that does not
 fit into memory stops at its first step and not after an hour. What is in a step stays as drawn. Later epochs are
@@ -102,25 +102,23 @@ class Batch:
             labelled_T[(~labelled_T).nonzero().squeeze(1)[:short]] = True
         return labelled_T.nonzero().squeeze(1)
 
-    def on(self, device: torch.device, dtype: torch.dtype, document: int = 16) -> Batch:
+    def on(self, device: torch.device, dtype: torch.dtype, document: int = 16, *, rounded: bool = False) -> Batch:
         """The batch as it is computed on `device` in `dtype`: on a CPU in 16 bits rounded up, elsewhere as it is.
 
-        Each document is filled up to a multiple of `document` tokens, and all together as `filling` says.
+        Each document is filled up to a multiple of `document` tokens, and all together as `filling` says; where
+        `rounded`, in any dtype.
 
         oneDNN, which computes 16-bit products on a CPU, builds and keeps a kernel for each new shape: with lengths as
         they come, the process grows by a gigabyte in a few dozen steps and waits for the compiler in each.
         """
-        return self.rounded(document) if is_rounded(device, dtype) else self.to(device)
+        return self.rounded(document) if rounded or is_rounded(device, dtype) else self.to(device)
 
     def placed(
         self, device: torch.device, dtype: torch.dtype, document: int = 16, *, rounded: bool = False
     ) -> tuple[Batch, Tensor]:
-        """`on`, and there too the positions that have a label (`predicting`), found without waiting for the device.
-
-        `rounded`: round up in any dtype.
-        """
+        """`on`, and there too the positions that have a label (`predicting`), found without waiting for the device."""
         rounded = rounded or is_rounded(device, dtype)
-        batch = self.rounded(document) if rounded else self.to(device)
+        batch = self.on(device, dtype, document, rounded=rounded)
         labelled_n = (batch if rounded else self).predicting(rounded=rounded)
         return batch, labelled_n.to(device)
 

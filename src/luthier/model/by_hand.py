@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class _Pass:
 
     def _upto_product(self) -> None:
         kept, attention = self.kept, self.layer.self_attn
-        q_TO, k_TO, v_TO = self._project(self.qkv, self._normed("input_layernorm", "h"))
+        q_TO, k_TO, v_TO = self._project(self.qkv, self._normed("h"))
         shape = (q_TO.shape[0], -1, attention.head_dim)
         if attention.q_norm is not None:
             kept["raw q"], kept["raw k"] = q_TO.view(shape), k_TO.view(shape)
@@ -163,7 +163,7 @@ class _Pass:
         if "rows" in kept:
             o_TO, h_TD = o_TO[kept["rows"]], h_TD[kept["rows"]]
         (kept["middle"],) = self._project(self.o, o_TO, onto=h_TD)
-        kept["gate"], kept["up"] = self._project(self.gate_up, self._normed("post_attention_layernorm", "middle"))
+        kept["gate"], kept["up"] = self._project(self.gate_up, self._normed("middle"))
 
     def backward(self, grad_nD: Tensor, *, wants_input: bool) -> Tensor | None:
         """The gradient of the layer's input from that of its output, and `leaf_gradients` on the way.
@@ -190,7 +190,7 @@ class _Pass:
         del do_TO
         dq_THd, dk_THd = self._turned_back(dq_THd, dk_THd)
         grads = {"q_proj": dq_THd.flatten(1), "k_proj": dk_THd.flatten(1), "v_proj": dv_THd.flatten(1)}
-        n_TD = self._normed("input_layernorm", "h")
+        n_TD = self._normed("h")
         if not wants_input:  # the first layer: nothing below it is trained
             for joint in self.qkv:
                 self.leaf_gradients |= joint.leaf_gradients(grads, joint.low_gradient(grads), n_TD, kept)
@@ -209,7 +209,7 @@ class _Pass:
         increment_version((gate_nF, up_nF))
         self.leaf_gradients |= down.leaf_gradients(grads, dlow_nr, product_nF, kept)
         del dproduct_nF, product_nF
-        n_nD = self._normed("post_attention_layernorm", "middle")
+        n_nD = self._normed("middle")
         dn_nD = self._unproject(self.gate_up, {"gate_proj": gate_nF, "up_proj": up_nF}, n_nD)
         return self.ops.rms_norm_backward(dn_nD, kept["middle"], norm.weight, norm.eps, onto=grad_nD)
 
@@ -227,9 +227,10 @@ class _Pass:
             parts[0] += part
         return parts[0]
 
-    def _normed(self, norm: str, of: str) -> Tensor:
-        module = self.layer.input_layernorm if norm == "input_layernorm" else self.layer.post_attention_layernorm
-        return self.ops.rms_norm(self.kept[of], module.weight, module.eps)
+    def _normed(self, of: Literal["h", "middle"]) -> Tensor:
+        """What each half of the layer begins with."""
+        norm = self.layer.input_layernorm if of == "h" else self.layer.post_attention_layernorm
+        return self.ops.rms_norm(self.kept[of], norm.weight, norm.eps)
 
     def _turned(self, q_THd: Tensor, k_TKd: Tensor) -> tuple[Tensor, Tensor]:
         """q and k normed, where the family does it, and turned by their positions. May overwrite them otherwise."""

@@ -1,8 +1,8 @@
 """The proof: before the first step, the largest micro-batch goes forward and backward as it will while training.
 
 Everything is held then that a step holds at its fullest: weights, adapter, gradients as of a pass before, and the
-optimizer's state. Then gradients are dropped and torch's random generators put back: the
-run after it is, bit for bit, the run without it (the optimizer's state is made as its first update would make it).
+optimizer's state. Then gradients are dropped and torch's random generators put back: the run after it is, bit for bit,
+the run without it (the optimizer's state is made as its first update would make it).
 
 It is done while the run stands at step 0; a run resumed later has stood the real thing. What is out of memory goes down
 the ladder of plan/proof.py, one rung at a time.

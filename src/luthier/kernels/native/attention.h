@@ -34,17 +34,6 @@ static Block block_of(long number, long L, long window) {
     return b;
 }
 
-/* Into how many parts a task is cut, so that every thread has about four. */
-static long parts_of(const Shape *s, long threads) {
-    long tasks = s->documents * s->key_heads, longest = 0;
-    for (long b = 0; b < s->documents; b++) {
-        long L = s->ends[b] - (b ? s->ends[b - 1] : 0);
-        longest = L > longest ? L : longest;
-    }
-    long parts = (4 * threads + tasks - 1) / tasks, blocks = (longest + QUERIES - 1) / QUERIES;
-    return threads == 1 ? 1 : least(parts, blocks);
-}
-
 static long longest_of(const Shape *s) {
     long longest = 0;
     for (long b = 0; b < s->documents; b++) {
@@ -52,6 +41,13 @@ static long longest_of(const Shape *s) {
         longest = L > longest ? L : longest;
     }
     return longest;
+}
+
+/* Into how many parts a task is cut, so that every thread has about four. */
+static long parts_of(const Shape *s, long threads) {
+    long tasks = s->documents * s->key_heads;
+    long parts = (4 * threads + tasks - 1) / tasks, blocks = (longest_of(s) + QUERIES - 1) / QUERIES;
+    return threads == 1 ? 1 : least(parts, blocks);
 }
 
 /* A thread's room, handed out piece by piece, each at a cache line. */
