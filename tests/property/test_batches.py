@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+from hypothesis import example as h_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,13 +41,19 @@ def test_every_epoch_is_a_permutation_and_every_step_has_the_same_rows(examples,
 
 
 @given(examples_strategy, sizes, sizes, seeds, st.integers(0, 60))
+@h_example([example(length, row) for row, length in enumerate([1, 1, 1, 9])], 2, 2, 0, 1)  # cut once more than by rows
 def test_a_step_holds_each_token_of_its_rows_once_and_no_other(examples, batch_size, micro_batch, seed, step):
     batches = Batches(examples, batch_size, micro_batch, seed)
     micro = batches.step(step)
     expected = Counter(int(token) for i in batches.indices(step) for token in examples[i].ids)
     assert Counter(token for batch in micro for token in batch.ids_T.tolist()) == expected
-    assert len(micro) == -(-batch_size // min(micro_batch, batch_size))
+    fewest = -(-batch_size // min(micro_batch, batch_size))
+    longest = sorted((len(examples[i].ids) for i in batches.indices(step)), reverse=True)
+    if sum(longest[:micro_batch]) <= batches.most_tokens:
+        assert len(micro) == fewest
+    assert len(micro) >= fewest
     assert all(len(batch.rows) <= micro_batch for batch in micro)
+    assert all(batch.tokens <= batches.most_tokens or len(batch.rows) == 1 for batch in micro)
     assert all(sum(batch.lengths) == len(batch.ids_T) == len(batch.labels_T) for batch in micro)
     assert [batch.tokens for batch in micro] == sorted((batch.tokens for batch in micro), reverse=True)
 
