@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from luthier.data.batches import Batch
 from luthier.model.decoder import Decoder
+from luthier.plan import proof as plan_proof
 from luthier.train import proof
 from luthier.train.step import add_gradient
 from tests.cli.command import Command
@@ -34,6 +35,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
         return add_gradient(decoder, batch, weight, scaler)
 
     monkeypatch.setattr(proof, "add_gradient", fails)
+    monkeypatch.setattr(plan_proof, "is_proved", lambda *_: True)  # the machine of the tests has memory to spare
 
 
 def stored(run: Path) -> dict[str, object]:
@@ -63,13 +65,21 @@ def test_what_fits_stands_in_the_plan_and_is_resumed(luthier: Command, tmp_path:
     assert (resumed["settings"], resumed["measured"]) == (settings, measured)
 
 
-def test_a_run_is_held_against_its_plan(luthier: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ample", [False, True])
+def test_a_run_is_held_against_its_plan(
+    luthier: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ample: bool
+) -> None:
+    """With the proof, and without it where memory is ample: then no step waits for it, and the plan says so."""
+    monkeypatch.setattr(plan_proof, "AMPLE", 1.0 if ample else 0.0)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     ended = luthier("train", "recipe.yaml", "--out", "run")
     assert ended.code == 0, ended.err
-    assert "the largest micro-batch, " in ended.message
+    assert ("the largest micro-batch, " in ended.message) == (not ample)
     assert "memory at most " in ended.message
     plan = stored(tmp_path / "run")
+    decisions = {one["setting"]: one for one in cast("list[dict[str, object]]", plan["decisions"])}
+    assert decisions["train.proof"]["value"] == ("none" if ample else "the largest micro-batch")
+    assert (cast("dict[str, object]", plan["measured"])["proof"] is None) == ample
     measured = cast("dict[str, float]", plan["measured"])
     predicted = cast("dict[str, float]", plan["memory"])["peak_gib"]
     assert 0 < measured["predicted_peak_gib"] <= predicted + 1e-3  # on CUDA without what is not tensors

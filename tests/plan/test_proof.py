@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from luthier.cli.preparing import prepare
+from luthier.hardware.device import DeviceKind
 from luthier.plan.plan import Plan
-from luthier.plan.proof import Adopted, Load, adopt, expect
+from luthier.plan.proof import Adopted, Load, adopt, choose_proof, expect, is_proved
 from luthier.plan.speed import predict_speed
 from luthier.recipe.load import recipe_from_mapping
 
@@ -16,6 +17,15 @@ from luthier.recipe.load import recipe_from_mapping
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return prepare(recipe_from_mapping({"model": "sprig", "data": "pirate", "export": ["gguf"]}), weights=False).plan
+
+
+@pytest.mark.parametrize(("share", "kind", "due"), [(0.49, "cpu", False), (0.51, "cpu", True), (0.01, "cuda", True)])
+def test_a_proof_is_due_unless_a_cpu_has_twice_what_is_needed(
+    plan: Plan, share: float, kind: DeviceKind, due: bool
+) -> None:
+    device = replace(plan.device, kind=kind, memory_gib=plan.memory.peak.gib / share, free_gib=None)
+    assert is_proved(device, plan.memory) == due
+    assert (choose_proof(device, plan.memory).value == "none") == (not due)
 
 
 def test_an_adopted_plan_keeps_its_exports_on_disk(plan: Plan) -> None:

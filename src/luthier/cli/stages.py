@@ -65,7 +65,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
     """
     from luthier.export.merge import write_tokenizer
     from luthier.plan.plan import as_document
-    from luthier.plan.proof import Adopted, adopt, compared, expect
+    from luthier.plan.proof import Adopted, adopt, compared, expect, is_proved
     from luthier.train.display import make_display
     from luthier.train.loop import Hooks, check_resumable
     from luthier.train.loop import train as train_loop
@@ -98,6 +98,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
             companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
             forecast=lambda settings, load: expect(prepared.plan, settings, load),
             adopt=adopts,
+            prove=is_proved(plan.device, plan.memory),
         ),
     )
     if "train" in result.measured.peaks:  # else all was done before: what was measured then stays

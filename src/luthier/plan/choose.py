@@ -24,6 +24,7 @@ from luthier.plan.decision import YOURS, Decision
 from luthier.plan.fitting import Found, decide, held_by_others
 from luthier.plan.machine import choose_precision, hardware_source
 from luthier.plan.plan import Plan
+from luthier.plan.proof import choose_proof
 from luthier.plan.remedies import refusal
 from luthier.plan.rows import DataFacts, Epoch, Lengths, choose_max_length, choose_packing, rows_as_given
 from luthier.plan.schedule import (
@@ -193,7 +194,7 @@ def choose(
         *choose_computing(recipe, device, config, precision.value),
         *(adapter.targets, adapter.rank, adapter.alpha, adapter.rate),
         *(course.max_length, course.packing, course.batch_size, course.epochs, course.steps, course.warmup_steps),
-        *(evaluate, save),
+        *(evaluate, save, choose_proof(device, best.memory)),
         *rows_as_given(recipe, facts.lengths, course.max_length.value),
         *as_given(recipe),
         Decision("train.workers", 0, _NO_WORKERS, "this version"),

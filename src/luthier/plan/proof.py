@@ -12,19 +12,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from luthier.hardware.device import GIB, DeviceKind
+from luthier.hardware.device import GIB, Device, DeviceKind
 from luthier.plan.decision import Decision
-from luthier.plan.footprint import Phase
+from luthier.plan.footprint import Memory, Phase
 from luthier.plan.memory import NOT_TENSORS, predict_memory
 from luthier.plan.plan import Plan
 from luthier.plan.settings import Settings
 from luthier.plan.speed import predict_speed
 from luthier.plan.work import Work
 
-__all__ = ["MEASURED", "Adopted", "Expected", "Load", "Measured", "Proof", "adopt", "compared", "expect", "ladder"]
+__all__ = [
+    "MEASURED",
+    "Adopted",
+    "Expected",
+    "Load",
+    "Measured",
+    "Proof",
+    "adopt",
+    "choose_proof",
+    "compared",
+    "expect",
+    "is_proved",
+    "ladder",
+]
 
 MEASURED = "measured on this machine"
 """The source of a decision that the proof took."""
+
+AMPLE = 0.5
+"""The share of the usable memory below which a prediction needs no proof on a CPU: it would have to be wrong by as much
+again, and of all measured runs none was above it by more than a seventh (docs/decisions/0012)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,27 @@ class Measured:
     step_seconds: float | None
     tokens_per_second: float | None
     proof: Proof | None
+
+
+def is_proved(device: Device, memory: Memory) -> bool:
+    """Whether a run with this prediction takes its largest micro-batch before the first step.
+
+    On a CPU it is not where memory is ample: what it would show is known, and the first step would wait for seconds. An
+    accelerator's is always taken: it costs little there, and an allocator of its own stands between it and the figures.
+    """
+    return device.kind != "cpu" or memory.peak.gib > AMPLE * device.usable_gib
+
+
+def choose_proof(device: Device, memory: Memory) -> Decision[str]:
+    """What is tried before the first step, as a line of the plan."""
+    if is_proved(device, memory):
+        reason = "Taken forward and backward before the first step: what does not fit then is cut smaller."
+        return Decision("train.proof", "the largest micro-batch", reason, "docs/plan.md")
+    reason = (
+        f"{memory.peak.gib:.2g} GiB of {device.usable_gib:.3g} are needed at most: were it twice as much, it would "
+        "fit, so the first step does not wait for a trial. What is used is measured in the run and told at its end."
+    )
+    return Decision("train.proof", "none", reason, "docs/plan.md", ("the largest micro-batch: the first step waits",))
 
 
 def ladder(settings: Settings, layers: int) -> tuple[Settings, ...]:

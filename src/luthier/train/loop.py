@@ -5,7 +5,8 @@
 Between two steps the state is whole: there the loop looks whether a signal came, saves, and can be gone on from, bit
 for bit the same run on a CPU (`--resume`). What each of these does is in session.py; the step itself in step.py.
 
-Before the first step the largest micro-batch is tried (proof.py); what is out of memory is cut smaller there.
+Before the first step the largest micro-batch is tried (proof.py), unless the plan says that memory is ample; what is
+out of memory is cut smaller there.
 `train` has eight arguments, one more than the rule: it is the stage's one door, and a bundle would hide what it takes.
 """
 
@@ -102,7 +103,7 @@ def _go(session: Session) -> EndEvent:
     """The loop. A signal is looked for wherever the state is whole: it waits for a step, or for a few held-out rows."""
     signals = session.signals
     session.start()
-    if session.progress.step == 0:
+    if session.progress.step == 0 and session.hooks.prove:
         session.prove()
     settings, batches = session.settings, make_batches(session.dataset, session.settings)
     while True:

@@ -1,5 +1,7 @@
 """The proof: before the first step, the largest micro-batch goes forward and backward as it will while training.
 
+A CPU's run that needs less than half of the memory goes without (plan/proof.py).
+
 Everything is held then that a step holds at its fullest: weights, adapter, gradients as of a pass before, and the
 optimizer's state. Then gradients are dropped and torch's random generators put back: the run after it is, bit for bit,
 the run without it (the optimizer's state is made as its first update would make it).

@@ -83,12 +83,13 @@ class Hooks:
     companions: is given the adapter's folder before that is put in place, to write what belongs beside the adapter (a
     tokenizer): all of it appears at once. forecast: what is predicted of a micro-batch, for the proof to be held
     against. adopt: is told, before the first step, which settings the run goes on with where the planned ones were out
-    of memory.
+    of memory. prove: whether the largest micro-batch is tried before the first step (plan/proof.py: `is_proved`).
     """
 
     companions: Callable[[Path], None] | None = None
     forecast: Forecast | None = None
     adopt: Callable[[Adopted], None] | None = None
+    prove: bool = True
 
 
 class _GivenUpError(Exception):
