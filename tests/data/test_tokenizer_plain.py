@@ -90,11 +90,12 @@ def folder(tmp_path: Path) -> Path:
         lambda _: None,
         decoder,
         lambda folder: whole(folder, post_processor=None),
+        lambda folder: config(folder, local_files_only=False),
         lambda folder: config(folder, pad_token=None, tokenizer_class="PreTrainedTokenizerFast"),
         lambda folder: (folder / "chat_template.jinja").unlink(),
         lambda folder: (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": [3, 4]}'),
     ],
-    ids=["saved", "decoder", "no post-processor", "old class", "no template", "with a model"],
+    ids=["saved", "decoder", "no post-processor", "where it was loaded", "old class", "no template", "with a model"],
 )
 def test_what_is_read_here_is_what_transformers_reads(folder: Path, change: Change) -> None:
     change(folder)

@@ -132,15 +132,15 @@ def test_torch_takes_long_documents_block_by_block(dtype: torch.dtype, monkeypat
     spread=st.sampled_from([0.1, 3.0, 100.0]),
 )
 def test_cross_entropy(
-    native: Native, dtype: torch.dtype, rows: int, vocabulary: int, weighted: bool, spread: float
+    ops: Native | Batched, dtype: torch.dtype, rows: int, vocabulary: int, weighted: bool, spread: float
 ) -> None:
     logits = random(1, rows, vocabulary).mul_(spread).to(dtype)
     labels = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(2))
     weights = random(3, rows).abs() if weighted else None
     loss, gradient = exact.cross_entropy(logits, labels, weights)
-    only, same = native.cross_entropy(logits.clone(), labels, weights, False)
+    only, same = ops.cross_entropy(logits.clone(), labels, weights, False)
     assert torch.equal(same, logits)  # without a gradient nothing is overwritten
-    ours, error = native.cross_entropy(logits, labels, weights, True)
+    ours, error = ops.cross_entropy(logits, labels, weights, True)
     assert torch.equal(ours, only)
     assert (ours.dtype, error.dtype) == (torch.float32, dtype)
     loss.holds(ours)

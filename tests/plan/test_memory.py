@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from luthier.data.batches import ROWS, Batch, pack
+from luthier.data.batches import Batch, pack
 from luthier.data.conversation import Example
 from luthier.evaluate.loss import held_out_loss
 from luthier.hardware.device import DeviceKind
@@ -237,7 +237,7 @@ def test_weights_are_what_is_loaded(tiny_llama: Path, quantize: str) -> None:
 def test_the_chunk_of_logits_is_the_loss_s_own() -> None:
     assert sizes.CHUNK_LOGITS == LOSS_CHUNK
     assert sizes.SCORES == batched.SCORES
-    assert sizes.ROWS == ROWS
+    assert sizes.TILE == batched.TILE
     source = Path(batched.__file__).with_name("cuda.py").read_text(encoding="utf-8")  # it needs triton to be imported
     assert f"_LOGITS = 2**{sizes.CUDA_CHUNK_LOGITS.bit_length() - 1}\n" in source
 

@@ -53,9 +53,12 @@ def test_the_work_of_a_micro_batch() -> None:
     rows = Task(SPRIG, "fp32", 8, PROJECTIONS, 0.0, 100, 4, Lengths(((10, 5), (90, 1), (300, 1))), 2, 99.0)
     work = candidate(rows, CPU, Choice("none", "adamw", "none", 2, 0)).work
     assert (work.tokens, work.longest, work.documents, work.micro_batches) == (100, 100, 2, 2), "more is cut once more"
-    heavy = replace(rows, step_tokens=4 * 45.0)  # so two may have 135
+    heavy = replace(rows, step_tokens=4 * 45.0)  # so two may have 108, which are filled up to 128
     work = candidate(heavy, CPU, Choice("none", "adamw", "none", 2, 0)).work
-    assert work.tokens == 100 + 90, "the row that passes the limit included"
+    assert work.tokens == 128, "the two longest would have 190"
+    light = replace(heavy, step_tokens=4 * 90.0)  # 216, filled up to 256
+    work = candidate(light, CPU, Choice("none", "adamw", "none", 2, 0)).work
+    assert work.tokens == 100 + 90, "the two longest are less than there may be"
     assert work.evaluation_tokens == 100 + 90  # both held-out rows go through together
     packs = replace(rows, packed=3.4)
     work = candidate(packs, CPU, Choice("none", "adamw", "none", 2, 0)).work

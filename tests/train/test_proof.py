@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from luthier.data.batches import Batches
+from luthier.data.batches import Batches, pack
 from luthier.data.conversation import Example
 from luthier.errors import FitError, Interrupted
 from luthier.model.decoder import Decoder
@@ -124,6 +124,18 @@ def test_a_row_that_is_never_seen_is_not_tried_and_one_that_counts_twice_is_trie
     rows = [row for n in (40, 30, 20, 10) for row in make_examples(1, seed=n, shortest=n, longest=n)]
     batches = Batches(Weighed(rows, np.array([0.0, 2.0, 0.5, 1.0])), 3, 3, 5)
     assert batches.heaviest().lengths == (30, 30, 20)
+
+
+def test_the_longest_rows_are_cut_to_what_a_micro_batch_may_have() -> None:
+    """Of the last its end is tried, where the labels are; the plan counts the same."""
+    rows = [row for n in (*[100] * 3, *[40] * 50) for row in make_examples(1, seed=n, shortest=n, longest=n)]
+    batches = Batches(rows, 8, 4, 5)
+    heaviest, plain = batches.heaviest(), pack(rows[:3])
+    assert batches.most_tokens == 256, "1.2 times four average rows are 209: up to 256 take no more memory"
+    assert heaviest.lengths == (100, 100, 56)
+    assert torch.equal(heaviest.ids_T, torch.cat((plain.ids_T[:200], plain.ids_T[244:])))
+    assert torch.equal(heaviest.labels_T, torch.cat((plain.labels_T[:200], plain.labels_T[244:])))
+    assert all(batches.step(step)[0].tokens <= heaviest.tokens for step in range(20))
 
 
 def test_fewer_rows_than_a_micro_batch_come_again() -> None:

@@ -30,14 +30,9 @@ from torch import Tensor
 
 from luthier.data.conversation import IGNORED, Example
 from luthier.data.epochs import Epochs
-from luthier.recipe.micro_batch import most_tokens
+from luthier.recipe.micro_batch import ROWS, most_tokens
 
-__all__ = ["Batch", "Batches", "Measured", "filling", "is_rounded", "pack"]
-
-
-ROWS = 64
-"""Rows are filled up to a multiple of this where each number of them has kernels of its own. Finer steps were tried: at
-16 the filling costs less, but the kernels more, in time and in memory (docs/decisions/0012)."""
+__all__ = ["Batch", "Batches", "Measured", "filling", "in_two", "is_rounded", "pack"]
 
 
 @runtime_checkable
@@ -171,6 +166,24 @@ def pack(examples: Sequence[Example]) -> Batch:
     return Batch(torch.from_numpy(ids_T), torch.from_numpy(labels_T), lengths, rows, weights)
 
 
+def in_two(batch: Batch) -> tuple[Batch, Batch]:
+    """The documents of `batch`, at least two, in two batches that are as near equal in tokens as dealing makes them;
+    the larger first."""
+    starts = np.cumsum((0, *batch.lengths[:-1]))
+
+    def of(documents: list[int]) -> Batch:
+        lengths = tuple(batch.lengths[i] for i in documents)
+        place_T = torch.from_numpy(
+            np.concatenate([np.arange(n) + starts[i] for i, n in zip(documents, lengths, strict=True)])
+        )
+        weights_T = None if batch.weights_T is None else batch.weights_T[place_T]
+        rows = tuple(batch.rows[i] for i in documents)
+        return Batch(batch.ids_T[place_T], batch.labels_T[place_T], lengths, rows, weights_T)
+
+    first, second = _dealt(batch.lengths, len(batch.lengths), 2)
+    return of(first), of(second)
+
+
 class Batches:
     """The micro-batches of every optimizer step of a run.
 
@@ -224,7 +237,7 @@ class Batches:
     def heaviest(self) -> Batch:
         """As many of the longest rows, or of the first epoch's fullest packs, as a micro-batch may have, together.
 
-        Of rows, until they have as many tokens as it may have: by less than a row they may have more.
+        Of rows, until they have as many tokens as it may have; the last of them is then cut to what is left.
 
         A row of weight 2 may stand in it twice; where there are fewer rows than that, all again. No micro-batch within
         an epoch has more tokens (of packs: within the first). One that spans two epochs could, where both have their
@@ -239,9 +252,8 @@ class Batches:
             weights = self.examples.weights if isinstance(self.examples, Measured) else np.ones(len(lengths))
             seen = np.repeat(np.arange(len(lengths)), np.ceil(weights).astype(np.int64))
             rows = seen[self._fullest(lengths[seen])]
-            if self.most_tokens is not None:  # the longest, until they are as many tokens as there may be
-                rows = rows[: int(np.searchsorted(np.cumsum(lengths[rows]), self.most_tokens)) + 1]
-        return pack([self.examples[row] for row in rows.tolist()])
+        examples = [self.examples[row] for row in rows.tolist()]
+        return pack(examples if self.most_tokens is None else _cut(examples, self.most_tokens))
 
     def _fullest(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """The indices of a micro-batch's worth of the largest `tokens`; where there are fewer, round and round."""
@@ -290,6 +302,19 @@ class Batches:
     def epoch(self, step: int) -> float:
         """How many times the data has been seen when `step` steps are done."""
         return step * self.batch_size / self.units_per_epoch
+
+
+def _cut(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first of them, so many tokens in all; of the last its end, where its labels are."""
+    found: list[Example] = []
+    for example in examples:
+        if tokens == 0:
+            break
+        of = slice(max(0, len(example) - tokens), None)
+        weights = None if example.weights is None else example.weights[of]
+        found.append(Example(example.ids[of], example.labels[of], example.row, weights=weights))
+        tokens -= len(found[-1])
+    return found
 
 
 def _balance(lengths: Sequence[int], most: int, tokens: int | None) -> list[list[int]]:

@@ -26,7 +26,7 @@ _FAMILIES = (None, "llama")  # transformers mends the tokenizers of other famili
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SAY_NOTHING = (  # of how text becomes ids
     *("backend", "tokenizer_class", "chat_template", "added_tokens_decoder", "clean_up_tokenization_spaces"),
-    *("is_local", "model_input_names", "model_max_length", "padding_side"),
+    *("is_local", "local_files_only", "model_input_names", "model_max_length", "padding_side"),
 )
 
 

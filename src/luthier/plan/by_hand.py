@@ -15,7 +15,7 @@ bytes of one number in the compute dtype, V vocabulary.
 from __future__ import annotations
 
 from luthier.model.config import projection_shapes
-from luthier.plan.sizes import CHUNK_LOGITS, CUDA_CHUNK_LOGITS, SCORES, element_bytes
+from luthier.plan.sizes import CHUNK_LOGITS, CUDA_CHUNK_LOGITS, SCORES, TILE, element_bytes
 from luthier.plan.work import Work
 
 __all__ = ["SAME_INPUT", "backward_bytes", "kept_bytes", "loss_bytes", "recomputed_bytes", "score_bytes"]
@@ -50,32 +50,48 @@ def backward_bytes(work: Work) -> int:
     queries, keys, inner = shapes["q_proj"][0], shapes["k_proj"][0], shapes["gate_proj"][0]
     dropped, slow = bool(work.dropout and work.targets), work.kernels == "torch"
     # The product's gradient, in whose place the product comes; with dropout also the adapter's part and the mask in the
-    # compute dtype; torch's kernels hold silu(gate), the product and two on the way to gate's gradient besides.
-    mlp = e * (config.hidden_size + inner * (5 if slow else 3 if dropped else 1))
-    # Gradients of what comes out of the layer, of its middle, of attention's output and of q; of k and v in fp32.
-    attention = e * (2 * config.hidden_size + 2 * queries) + keys * (2 * _WIDE if slow else 2 * e)
+    # compute dtype; torch's kernels hold silu(gate) and the product of some rows besides.
+    mlp = work.tokens * e * (config.hidden_size + inner * (3 if dropped else 1))
+    mlp += 2 * e * _tile(work.tokens, inner) if slow and not dropped else 0
+    # Gradients of what comes out of the layer, of its middle, of attention's output, of q, k and v; the last two of a
+    # document in several blocks in fp32.
+    several = slow and _block_rows(work) < work.longest
+    attention = e * (2 * config.hidden_size + 2 * queries) + keys * (2 * _WIDE if several else 2 * e)
     # Gradients of output and middle, of q, k and v, of the norm; the norm once more; what is given back.
     more = max(3 * e if dropped else 0, 3 * _WIDE if slow else 0)  # with dropout each projection's part; in fp32
     normed = e * (5 * config.hidden_size + queries + 2 * keys) + more * config.hidden_size
-    return max(work.tokens * max(mlp, normed), work.tokens * attention + score_bytes(work))
+    return max(mlp, work.tokens * normed, work.tokens * attention + score_bytes(work))
 
 
 def score_bytes(work: Work) -> int:
-    """One block of queries with torch's kernels (kernels/batched.py): of each score the probability, its gradient, and
-    both in fp32 (in fp32 three of these); and the mask that the heads share."""
+    """One block of queries with torch's kernels (kernels/batched.py): of each score, itself and its probability in
+    fp32, and that in 16 bits (in fp32 the probability, its gradient and the score's); and the mask, which the heads
+    share."""
     if work.kernels != "torch":
         return 0
-    heads, length = work.config.heads, work.longest
-    rows = min(length, max(16, SCORES // (heads * length)))
-    return rows * length * (12 * heads + 1)
+    e = element_bytes(work.precision)
+    score = 2 * _WIDE + e if e < _WIDE else 3 * _WIDE
+    return _block_rows(work) * work.longest * (score * work.config.heads + _WIDE)
+
+
+def _block_rows(work: Work) -> int:
+    """Queries of one block of the longest document."""
+    return min(work.longest, max(16, SCORES // (work.config.heads * work.longest)))
+
+
+def _tile(rows: int, width: int) -> int:
+    """Numbers of those rows that torch's kernels go over at once."""
+    return min(rows, max(1, TILE // width)) * width
 
 
 def loss_bytes(work: Work, *, tokens: int, trains: bool) -> int:
-    """The head and the loss: rows before and after the final norm, their gradient, and a chunk of logits. The native
-    kernels and those for CUDA put the gradient in the logits' place."""
+    """The head and the loss: rows before and after the final norm, their gradient, and a chunk of logits, in
+    whose place the gradient comes."""
     e, vocabulary = element_bytes(work.precision), work.config.vocab_size
     most = CUDA_CHUNK_LOGITS if work.kernels == "cuda" else CHUNK_LOGITS
     logits = min(tokens, max(1, most // vocabulary)) * vocabulary
-    # torch's: the logits, in 16 bits also in fp32, and inside logsumexp their exponentials
-    numbers = e if work.kernels != "torch" else 2 * _WIDE + (e if e < _WIDE else 0)
-    return logits * numbers + tokens * work.config.hidden_size * e * (4 if trains else 2)
+    if work.kernels == "torch":  # of some rows at a time also the probabilities in fp32, and in 16 bits the logits
+        tile = _tile(logits // vocabulary, vocabulary) * (2 * _WIDE if e < _WIDE else _WIDE)
+    else:
+        tile = 0
+    return logits * e + tile + tokens * work.config.hidden_size * e * (4 if trains else 2)

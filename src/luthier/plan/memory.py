@@ -35,7 +35,6 @@ from luthier.plan.activations import (
 from luthier.plan.footprint import Memory, Part, Phase
 from luthier.plan.sizes import (
     NF4_BITS,
-    ROWS,
     adapter_parameters,
     base_bytes,
     element_bytes,
@@ -43,6 +42,7 @@ from luthier.plan.sizes import (
     moment_bytes,
 )
 from luthier.plan.work import Work
+from luthier.recipe.micro_batch import ROWS
 
 __all__ = ["CONTEXT", "NOT_TENSORS", "SLACK", "predict_memory", "weight_bytes"]
 

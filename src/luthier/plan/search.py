@@ -26,7 +26,6 @@ been freed by then. So for each micro-batch the least number of recomputed layer
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -112,8 +111,7 @@ class Task:
         if self.packed is not None:
             return micro_batch * self.max_length
         most = most_tokens(micro_batch, self.step_tokens / self.batch_size, self.longest)
-        rows = 1 + bisect_left(range(1, micro_batch), most, key=lambda n: self.lengths.heaviest(n, self.max_length))
-        return self.lengths.heaviest(rows, self.max_length)
+        return min(most, self.lengths.heaviest(micro_batch, self.max_length))
 
     @cached_property
     def longest(self) -> int:

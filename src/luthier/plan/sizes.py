@@ -13,8 +13,8 @@ __all__ = [
     "CUDA_CHUNK_LOGITS",
     "EVALUATION_TOKENS",
     "NF4_BITS",
-    "ROWS",
     "SCORES",
+    "TILE",
     "adapter_parameters",
     "base_bytes",
     "element_bytes",
@@ -34,9 +34,8 @@ CUDA_CHUNK_LOGITS = 2**26
 SCORES = 2**22
 """Scores that exist at once with torch's kernels (kernels/batched.py), held equal by a test."""
 
-ROWS = 64
-"""On a CPU in 16 bits, to a multiple of how many tokens a micro-batch is filled up (data/batches.py)."""
-
+TILE = 2**19
+"""Numbers that several passes of torch's kernels go over at once (kernels/batched.py), held equal by a test."""
 
 EVALUATION_TOKENS = 4096
 """Held-out tokens that go through together; evaluate/loss.py's own default, held equal by a test."""

@@ -18,6 +18,7 @@ from luthier.evaluate.loss import held_out_loss
 from luthier.kernels.choose import kernels_for
 from luthier.model.adapter import load_adapter
 from luthier.model.decoder import Decoder
+from luthier.model.load import return_freed
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from luthier.plan.proof import Adopted, Load
 from luthier.plan.settings import Settings
@@ -340,6 +341,7 @@ class Session:
             shutil.copytree(folder / "adapter", beside, dirs_exist_ok=True)
             if self.hooks.companions is not None:
                 self.hooks.companions(beside)
+        return_freed()  # of the steps, lest the adapter's file, and what a caller does next, come on top of it
         load_adapter(self.trainee.decoder, self.run.adapter)
         self.trainee.decoder.eval()
         self.progress = replace(self.progress, best_eval=of.best_eval, best_step=of.best_step)

@@ -29,6 +29,7 @@ from luthier.data.batches import Batch
 from luthier.errors import TrainingError
 from luthier.model.decoder import Decoder
 from luthier.train.adamw import Optimizer
+from luthier.train.halves import add_both, halves
 
 __all__ = [
     "NOT_FINITE",
@@ -98,6 +99,12 @@ def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: G
 
 def add_gradient(decoder: Decoder, micro_batch: Batch, weight: float, scaler: GradScaler | None) -> torch.Tensor:
     """One micro-batch forward and backward; returns the sum of its losses, which the gradient divides by `weight`."""
+    if scaler is None and (two := halves(decoder, micro_batch)) is not None:
+        return add_both(decoder, two, lambda half: _add_gradient(decoder, half, weight, None))
+    return _add_gradient(decoder, micro_batch, weight, scaler)
+
+
+def _add_gradient(decoder: Decoder, micro_batch: Batch, weight: float, scaler: GradScaler | None) -> torch.Tensor:
     batch, rows_n = micro_batch.placed(decoder.device, decoder.dtype, decoder.kernels.document, rounded=decoder.rounds)
     hidden_nD = decoder.hidden(batch.ids_T, batch.lengths, rows_n=rows_n)
     weights_n = None if batch.weights_T is None else batch.weights_T[rows_n]
