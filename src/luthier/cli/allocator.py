@@ -21,14 +21,7 @@ __all__ = ["TUNABLES", "settle", "settled_environment"]
 
 TUNABLES = ":".join(
     f"glibc.malloc.{name}"
-    for name in (
-        "tcache_count=0",
-        "mxfast=0",
-        "mmap_max=0",
-        "arena_max=1",
-        "trim_threshold=17179869184",
-        "top_pad=33554432",
-    )
+    for name in ("tcache_count=0", "mxfast=0", "mmap_max=0", "trim_threshold=17179869184", "top_pad=33554432")
 )
 _VARIABLE = "GLIBC_TUNABLES"
 _TRAINING = ("demo", "train", "run", "eval")

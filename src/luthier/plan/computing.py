@@ -13,7 +13,7 @@ from luthier.recipe.schema import Recipe
 
 __all__ = ["TUNABLES", "choose_computing"]
 
-TUNABLES = "tcache_count=0:mxfast=0:mmap_max=0:arena_max=1:trim_threshold=17179869184:top_pad=33554432"
+TUNABLES = "tcache_count=0:mxfast=0:mmap_max=0:trim_threshold=17179869184:top_pad=33554432"
 """What cli/allocator.py sets of glibc's allocator; held equal by a test."""
 
 _DOES = {
