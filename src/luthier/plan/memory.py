@@ -74,7 +74,10 @@ def weight_bytes(work: Work) -> int:
 def predict_memory(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) -> Memory:
     """What `work` holds on each device of this kind, on the host, and on disk with `exports` (hf, gguf, ollama)."""
     if kind == "cpu" and work.precision != "fp32":
-        work = replace(work, tokens=_filled(work))
+        filled = _filled(work)
+        even = work.kernels != "native" and filled == work.documents * (-(-work.longest // _DOCUMENT) * _DOCUMENT)
+        # Documents of equal length that fill it stay of equal length.
+        work = replace(work, tokens=filled, longest=filled // work.documents if even else work.longest)
     phases = [Phase("load", _load(work, kind)), Phase("train", _train(work, kind))]
     if work.evaluation_tokens:
         phases.append(Phase("evaluate", _evaluate(work, kind)))
