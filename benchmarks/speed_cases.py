@@ -59,7 +59,7 @@ KERNELS = "LUTHIER_KERNELS"
 TORCH = {KERNELS: "torch"}
 CASES = (
     Case("8m-bf16", "8m", "bf16", "none", 40, Targets(5.5, cold=4.0, share=0.45, memory=0.75, first=3.0)),
-    Case("135m-bf16", "135m", "bf16", "none", 8, Targets(5.5, share=0.70, memory=0.65, first=5.0)),
+    Case("135m-bf16", "135m", "bf16", "none", 16, Targets(5.5, share=0.70, memory=0.65, first=5.0)),
     Case("135m-nf4", "135m", "bf16", "nf4", 8, Targets(4.3, memory=0.60)),
     Case("1b-bf16", "1b", "bf16", "none", 4, Targets(3.0, share=0.70, memory=0.65)),
     Case("135m-fp32", "135m", "fp32", "none", 6, Targets(3.0)),
