@@ -16,9 +16,15 @@ HEAD = """\
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
+def newest(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of the source that was measured last: a median over two programs would be of neither."""
+    return [one for one in case["rounds"] if one["source"] == case["rounds"][-1]["source"]]
+
+
 def summary(case: dict[str, Any]) -> dict[str, float]:
-    """Medians over the rounds of one case. A ratio is the median of the rounds' ratios, not a ratio of medians."""
-    rounds = case["rounds"]
+    """Medians over the newest rounds of one case, which has some. A ratio is the median of the rounds' ratios, not a
+    ratio of medians."""
+    rounds = newest(case)
     prepared = [one for one in rounds if one["ours"]["prepared"] and one["peer"]["prepared"]] or rounds
 
     def median(value: Callable[[dict[str, Any]], float], of: list[dict[str, Any]] = rounds) -> float:
@@ -70,7 +76,7 @@ def table(document: dict[str, Any]) -> str:
                 f"{found['peer_cold']:,.0f}",
                 at_least(found["cold"], targets["cold"], "×"),
             ]
-            count = len(case["rounds"][0]["ours"]["step_tokens"][:COLD_STEPS])
+            count = len(newest(case)[0]["ours"]["step_tokens"][:COLD_STEPS])
             lines.append(line([f"{case['title']}, first {count} steps of a process", *cold, "", "", "", ""]))
     return "\n".join([*lines, "", footnote(document)])
 
@@ -97,10 +103,11 @@ def judged(value: float, target: float | None, sign: str, holds: bool, unit: str
 
 def footnote(document: dict[str, Any]) -> str:
     machine = document["machine"]
-    rounds = sorted({len(case["rounds"]) for case in document["cases"].values() if case["rounds"]})
+    counted = [newest(case) for case in document["cases"].values()]
+    rounds = sorted({len(of_case) for of_case in counted if of_case})
     each = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(rounds[0])
-    states = len({one["source"] for case in document["cases"].values() for one in case["rounds"]})
-    mixed = f" The figures are of {states} states of the source." if states > 1 else ""
+    states = len({one["source"] for of_case in counted for one in of_case})
+    mixed = f" Rows are of {states} states of the source, each row of one." if states > 1 else ""
     peer = machine["peer"]
     said = (
         f"Medians of {each} interleaved rounds on {machine['cores']} cores of {machine['processor']}, "

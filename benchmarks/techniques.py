@@ -40,6 +40,7 @@ from luthier.model.decoder import Decoder
 from luthier.model.load import load_decoder
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from luthier.recipe.load import recipe_from_mapping
+from luthier.train import halves
 from luthier.train.step import forward_backward
 
 BATCH, RANK, ALPHA, DTYPE = 8, 16, 32.0, torch.bfloat16
@@ -83,6 +84,8 @@ def compared(shape: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 WHOLE = "as it is"
+UNDIVIDED = "micro-batches not taken as two halves at once"
+FEWER_ROWS = "micro-batches of two rows"
 
 
 def sides() -> dict[str, str]:
@@ -108,13 +111,13 @@ def measure(base: Path, rounds: int, *, alone: bool) -> dict[str, float]:
     recipe = {"model": str(base), "data": str(base.parent / "chat.jsonl"), "split": {"train": 1.0, "eval": 0.0}}
     dataset = prepare(recipe_from_mapping(recipe), load_tokenizer(base))
     whole, split = Batches(dataset.train, BATCH, BATCH, seed=0), Batches(dataset.train, BATCH, BATCH // 4, seed=0)
-    runs = variants(decoder)
-    taken: dict[str, list[float]] = {name: [] for name in ([WHOLE] if alone else [*runs, "micro-batches of two rows"])}
+    runs, worth = variants(decoder), halves.WORTH
+    taken: dict[str, list[float]] = {name: [] for name in ([WHOLE] if alone else [*runs, UNDIVIDED, FEWER_ROWS])}
     for round_ in range(rounds + 2):
         for name in taken:
-            kernels = runs.get(name, runs[WHOLE])
-            decoder.use(kernels)
-            seconds = step(decoder, (whole if name in runs else split).step(round_ % 4))
+            decoder.use(runs.get(name, runs[WHOLE]))
+            halves.WORTH = 2**60 if name == UNDIVIDED else worth
+            seconds = step(decoder, (split if name == FEWER_ROWS else whole).step(round_ % 4))
             if round_ >= 2:
                 taken[name].append(seconds)
     return {name: statistics.median(times) for name, times in taken.items()}

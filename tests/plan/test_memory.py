@@ -30,6 +30,7 @@ from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from luthier.plan import activations, sizes
 from luthier.plan.memory import predict_memory, weight_bytes
 from luthier.plan.work import Work
+from luthier.recipe.micro_batch import LEAST, WORTH
 from luthier.train.optimizer import make_optimizer
 from tests import tiny
 
@@ -280,6 +281,59 @@ def test_laws(one: Work, kind: DeviceKind) -> None:
         assert other(recomputed=one.recomputed + 1) <= train
     if one.sharding == "none" and one.quantize == "nf4":
         assert other(quantize="none") > train
+
+
+def parts_of(one: Work, kind: DeviceKind = "cpu") -> dict[str, int]:
+    return {part.name: part.bytes for part in predict_memory(one, kind).phase("train").parts}
+
+
+@pytest.mark.parametrize("tokens", [2 * LEAST, 2 * LEAST + 1])
+def test_what_two_halves_at_once_have_twice(tokens: int) -> None:
+    """In fp32, where nothing is filled up."""
+    alone = work(precision="fp32", quantize="nf4", kernels="torch", tokens=tokens, longest=tokens)
+    whole, two = parts_of(alone), parts_of(replace(alone, documents=2))
+    half = replace(alone, tokens=-(-tokens // 2))
+    assert two["gradients"] == 2 * whole["gradients"]
+    assert two["dequantised weights"] == 2 * whole["dequantised weights"]
+    assert two["loss"] == 2 * activations.loss_bytes(half, tokens=half.tokens, trains=True) > whole["loss"]
+    for name in ("weights", "adapter", "optimizer", "activations", "context"):
+        assert two[name] == whole[name]
+    narrow = replace(alone, config=replace(LLAMA_8B, vocab_size=2000))
+    assert parts_of(replace(narrow, documents=2))["backward"] == 2 * activations.backward_bytes(
+        replace(narrow, tokens=half.tokens)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"documents": 1}, "cpu"),
+        ({"dropout": 0.1}, "cpu"),
+        ({"tokens": 2 * LEAST - 1}, "cpu"),
+        ({"config": replace(LLAMA_8B, hidden_size=WORTH // 2048 - 1)}, "cpu"),
+        ({}, "cuda"),
+    ],
+    ids=["one document", "dropout", "few tokens", "narrow", "cuda"],
+)
+def test_what_goes_undivided_has_it_once(changes: dict[str, object], kind: DeviceKind) -> None:
+    one = replace(work(longest=200, documents=12), **changes)  # type: ignore[arg-type]
+    parts = parts_of(one, kind)
+    assert parts["gradients"] == parts["adapter"]
+    if kind == "cpu" and "tokens" not in changes:
+        divided = parts_of(work(longest=200, documents=12))
+        assert divided["gradients"] == 2 * divided["adapter"]
+
+
+@given(_works, st.integers(2, 40), st.sampled_from([2 * LEAST - 1, 2 * LEAST]) | st.integers(1, 4000), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_fuller_micro_batch_never_needs_less(one: Work, documents: int, tokens: int, data: st.DataObject) -> None:
+    """On a CPU too, where from some size on it is divided; documents of several lengths."""
+    longest = data.draw(st.integers(-(-tokens // documents) + 1, max(tokens, -(-tokens // documents) + 1)))
+    one = replace(one, tokens=tokens, longest=longest, documents=documents)
+    held = predict_memory(one, "cpu").phase("train").bytes
+    for fuller in (replace(one, tokens=tokens + 1), replace(one, documents=documents + 1)):
+        if fuller.tokens < fuller.documents * fuller.longest:
+            assert predict_memory(fuller, "cpu").phase("train").bytes >= held
 
 
 def test_fsdp_cuts_weights_state_and_nothing_else() -> None:

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": set(),
     "model.config": set(),
     "plan": {"recipe", "hardware", "model.config"},
-    "kernels": {"hardware"},  # which of the compiled ones this processor runs
+    "kernels": {"hardware", "recipe"},  # the compiled ones that this processor runs; how far rows are filled up
     "data": {"recipe"},
     "model": {"recipe", "kernels", "model.config"},
     "train": {"plan", "data", "model", "model.config", "kernels", "recipe", "hardware", "evaluate.loss"},

@@ -120,21 +120,16 @@ class Batched:
     def attention(
         self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: tuple[int, ...], window: int | None
     ) -> tuple[Tensor, Tensor]:
-        o_THd = torch.empty_like(q_THd)
-        lse_TH = torch.empty(q_THd.shape[:2], dtype=_wide(q_THd), device=q_THd.device)
-        key_heads = k_TKd.shape[1]
+        o_THd, key_heads = torch.empty_like(q_THd), k_TKd.shape[1]
         for at, block in _blocks(lengths, q_THd.shape[1], window):
             here, keys = slice(at + block.start, at + block.end), slice(at + block.first, at + block.end)
             scores_KGQS = _scores(_grouped(q_THd[here], key_heads), k_TKd[keys], block, window)
             weights_KGQS = torch.softmax(scores_KGQS, dim=-1)
-            # by the largest, whose probability never underflows; logsumexp would compute all exponentials once more
-            lse_KGQ = scores_KGQS.amax(-1) - weights_KGQS.amax(-1).log_()
             del scores_KGQS
-            _by_key_head(lse_TH[here].unsqueeze(-1), key_heads).copy_(lse_KGQ.unsqueeze(-1))
             o_KNd = weights_KGQS.to(q_THd.dtype).flatten(1, 2) @ v_TKd[keys].transpose(0, 1)
             o_KGQd = _by_key_head(o_THd[here], key_heads)
             o_KGQd.copy_(o_KNd.view(o_KGQd.shape))
-        return o_THd, lse_TH
+        return o_THd, q_THd.new_empty(0)  # see `attention_backward`
 
     def attention_backward(
         self,
@@ -183,7 +178,8 @@ def _row_losses(logits_RV: Tensor, labels_R: Tensor, weights_R: Tensor | None, g
     wide_RV, label_R1 = logits_RV.to(_wide(logits_RV)), labels_R.unsqueeze(1)
     weights_R1 = 1.0 if weights_R is None else weights_R.to(wide_RV.dtype).unsqueeze(1)
     share_RV = torch.softmax(wide_RV, dim=1)
-    loss_R1 = wide_RV.amax(1, keepdim=True) - share_RV.amax(1, keepdim=True).log_()  # as in `attention`
+    # by the largest, whose share never underflows; logsumexp would compute all exponentials once more
+    loss_R1 = wide_RV.amax(1, keepdim=True) - share_RV.amax(1, keepdim=True).log_()
     loss_R1 = (loss_R1 - wide_RV.gather(1, label_R1)) * weights_R1
     if gradient:
         share_RV.scatter_add_(1, label_R1, torch.full_like(loss_R1, -1.0))

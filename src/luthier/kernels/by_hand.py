@@ -46,7 +46,7 @@ class ByHand(Protocol):
     def attention(
         self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, lengths: tuple[int, ...], window: int | None
     ) -> tuple[Tensor, Tensor]:
-        """o_THd, and what the gradient needs beside it (the log-sum-exp of each row of scores)."""
+        """o_THd, and what the gradient needs beside it: the log-sum-exp of each row of scores, or nothing, (0,)."""
         ...
 
     def attention_backward(

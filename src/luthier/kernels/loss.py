@@ -21,14 +21,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from luthier.kernels.products import linear, product
+from luthier.recipe.micro_batch import ROWS
 
 __all__ = ["IGNORED", "CrossEntropy", "cross_entropy", "every_row", "filled_cross_entropy", "linear_cross_entropy"]
 
 IGNORED = -100
 """The label of a token that is not trained."""
-
-FILLING = 64
-"""Fewer unlabelled rows than this go along in `filled_cross_entropy`."""
 
 CHUNK_LOGITS = 2**25
 """Logits of one chunk where the caller does not say: 128 MiB in fp32, and large enough for full speed."""
@@ -148,12 +146,12 @@ def filled_cross_entropy(
 ) -> Tensor:
     """`linear_cross_entropy` by `of_rows`, on a CPU: a few rows without a label go along with weight 0.
 
-    They fill the rows up to a number for which oneDNN has built its product before (data/batches.py). Where they are
-    many, they are left out.
+    They fill the rows up to a number for which oneDNN has built its product before (data/batches.py): fewer than ROWS.
+    Where there are more, they are left out.
     """
     labelled_N = labels_N != IGNORED
     spare = labels_N.shape[0] - int(labelled_N.sum())
-    if spare >= FILLING:
+    if spare >= ROWS:
         rows_n = labelled_N.nonzero().squeeze(1)
         hidden_ND, labels_N = hidden_ND[rows_n], labels_N[rows_n]
         weights_N = None if weights_N is None else weights_N[rows_n]

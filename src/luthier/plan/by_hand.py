@@ -1,9 +1,10 @@
 """activations.py for the layer whose gradients are written by hand: what it keeps, and has for a moment.
 
 Read off model/by_hand.py, model/joint.py and the kernels. Kept are the layer's input, q, k and v as attention takes
-them, its output and a fp32 number for each token and head, the residual stream between the halves, gate and up, and
-the adapters' low-rank products; where q and k are normed, both before it; with dropout a mask of a byte for each input
-of an adapter. A recomputed layer keeps its input, and the low-rank product of its last projection.
+them, its output and (but for torch's kernels) a fp32 number for each token and head, the residual stream between the
+halves, gate and up, and the adapters' low-rank products; where q and k are normed, both before it; with dropout a mask
+of a byte for each input of an adapter. A recomputed layer keeps its input, and the low-rank product of its last
+projection.
 
 The native kernels and those for CUDA compute in place and in registers; torch's (`batched`) go through memory, so that
 more exists for a moment.
@@ -34,7 +35,8 @@ def kept_bytes(work: Work) -> int:
     turned = (queries + keys) * (2 if config.qk_norm else 1)
     token = e * (2 * config.hidden_size + turned + keys + queries + 2 * inner + len(work.targets) * work.rank)
     masks = sum(shapes[name][1] for name in work.targets) if work.dropout else 0
-    return work.tokens * (token + _WIDE * config.heads + masks)
+    lse = 0 if work.kernels == "torch" else _WIDE * config.heads
+    return work.tokens * (token + lse + masks)
 
 
 def recomputed_bytes(work: Work) -> int:

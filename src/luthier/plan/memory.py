@@ -10,6 +10,9 @@ section 3), FP8 one and a fp32 scale for each output, for the projections of the
 the compute dtype. The adapter, its
 gradients and AdamW's two moments are fp32 each; 8-bit moments are one byte and one fp32 scale per 256, two of them.
 
+A micro-batch that a CPU takes as two halves at once (train/halves.py) keeps what the whole keeps. What exists for a
+moment each half has for itself, and the adapter has the gradients of the halves beside those of earlier micro-batches.
+
 FSDP2 cuts all of these over the devices and gathers one layer at a time (the next one ahead of it); DDP holds all on
 each device and one more copy of the gradients in its buckets.
 
@@ -42,7 +45,7 @@ from luthier.plan.sizes import (
     moment_bytes,
 )
 from luthier.plan.work import Work
-from luthier.recipe.micro_batch import ROWS
+from luthier.recipe.micro_batch import LEAST, ROWS, WORTH
 
 __all__ = ["CONTEXT", "NOT_TENSORS", "SLACK", "predict_memory", "weight_bytes"]
 
@@ -73,27 +76,38 @@ def weight_bytes(work: Work) -> int:
 
 def predict_memory(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) -> Memory:
     """What `work` holds on each device of this kind, on the host, and on disk with `exports` (hf, gguf, ollama)."""
+    shares = _shares(work, kind)
     if kind == "cpu" and work.precision != "fp32":
-        filled = _filled(work)
-        even = work.kernels != "native" and filled == work.documents * (-(-work.longest // _DOCUMENT) * _DOCUMENT)
-        # Documents of equal length that fill it stay of equal length.
-        work = replace(work, tokens=filled, longest=filled // work.documents if even else work.longest)
-    phases = [Phase("load", _load(work, kind)), Phase("train", _train(work, kind))]
+        work = _filled(work, shares)
+    phases = [Phase("load", _load(work, kind)), Phase("train", _train(work, kind, shares))]
     if work.evaluation_tokens:
         phases.append(Phase("evaluate", _evaluate(work, kind)))
     return Memory(tuple(phases), _host(work, kind), _disk(work, exports))
 
 
-def _filled(work: Work) -> int:
-    """Tokens of the micro-batch as it is computed on a CPU in 16 bits: documents are filled up to 16 tokens, but for
-    the native kernels, and all together to ROWS."""
-    if work.kernels == "native":
-        tokens = work.tokens
-    elif work.documents * work.longest == work.tokens:
-        tokens = work.documents * (-(-work.longest // _DOCUMENT) * _DOCUMENT)
-    else:
-        tokens = work.tokens + work.documents * (_DOCUMENT - 1)
-    return -(-tokens // ROWS) * ROWS
+def _shares(work: Work, kind: DeviceKind) -> int:
+    """How many parts of the micro-batch are computed at once: two where train/halves.py divides it, if its documents
+    make two even halves and the threads are even in number, which is not known here."""
+    alone = kind != "cpu" or work.dropout > 0 or work.precision == "fp16" or work.documents < 2
+    small = work.tokens < 2 * LEAST or work.tokens * work.config.hidden_size < WORTH
+    return 1 if alone or small else 2
+
+
+def _filled(work: Work, shares: int) -> Work:
+    """The micro-batch as it is computed on a CPU in 16 bits: documents are filled up to 16 tokens, but for the native
+    kernels, and those of a share all together to ROWS."""
+    document = 1 if work.kernels == "native" else _DOCUMENT
+    if work.documents * work.longest != work.tokens:
+        tokens = _up(work.tokens + work.documents * (document - 1), ROWS) + (shares - 1) * ROWS
+        return replace(work, tokens=tokens)
+    length = _up(work.longest, document)
+    tokens = sum(_up((work.documents + share) // shares * length, ROWS) for share in range(shares))
+    # Documents of equal length that fill it stay of equal length.
+    return replace(work, tokens=tokens, longest=length if tokens == work.documents * length else work.longest)
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _linear(work: Work) -> int:
@@ -123,19 +137,21 @@ def _weights(work: Work) -> Part:
     return Part("weights", _cut(weight_bytes(work), work), held)
 
 
-def _state(work: Work) -> tuple[Part, ...]:
-    """Adapter, gradients, optimizer."""
+def _state(work: Work, shares: int = 1) -> tuple[Part, ...]:
+    """Adapter, gradients, optimizer. Those of two halves are apart from those that were there before, of an earlier
+    micro-batch or the proof's."""
     count = _trained(work)
     moments = moment_bytes(work.optimizer)
     buckets = 4 * count if work.sharding == "ddp" else 0
+    held = "fp32" + (", and DDP's buckets" if buckets else "") + (", twice" if shares > 1 else "")
     return (
         Part("adapter", _cut(4 * count, work), f"{count:,} parameters in fp32"),
-        Part("gradients", _cut(4 * count, work) + buckets, "fp32" + (", and DDP's buckets" if buckets else "")),
+        Part("gradients", _cut(4 * count * shares, work) + buckets, held),
         Part("optimizer", _cut(moments * count, work), f"{work.optimizer}, {moments:.3g} bytes a parameter"),
     )
 
 
-def _gathered(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
+def _gathered(work: Work, kind: DeviceKind, shares: int = 1) -> tuple[Part, ...]:
     """What a matrix product needs beside its operands: NF4 turned back into the compute dtype, operands rounded to FP8,
     a gathered layer."""
     parts = []
@@ -144,8 +160,9 @@ def _gathered(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
         ends = 2 * work.config.vocab_size * work.config.hidden_size * element_bytes(work.precision)
         parts.append(Part("gathered weights", int(2 * layer) + ends, "two layers, embedding and head, whole"))
     if work.quantize == "nf4":
-        size = largest_projection(work) * element_bytes(work.precision)
-        parts.append(Part("dequantised weights", size, "one projection at a time"))
+        size = shares * largest_projection(work) * element_bytes(work.precision)
+        held = "one projection at a time" + (", of each half" if shares > 1 else "")
+        parts.append(Part("dequantised weights", size, held))
     if work.quantize == "fp8":
         rows = work.tokens * max(max(shape) for shape in projection_shapes(work.config).values())
         parts.append(Part("operands in FP8", largest_projection(work) + rows, "a transposed weight, rounded rows"))
@@ -160,22 +177,23 @@ def _with_slack(fixed: Sequence[Part], moving: Sequence[Part], kind: DeviceKind)
     return (*fixed, *(part for part in moving if part.bytes), held)
 
 
-def _train(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
+def _train(work: Work, kind: DeviceKind, shares: int) -> tuple[Part, ...]:
     layers, again = work.config.layers, work.recomputed
     kept = kept_bytes(work)
     activations = (layers - again) * kept + again * recomputed_bytes(work) + _positions(work)
     what = f"{layers - again} layers kept whole, {again} recomputed, {work.tokens:,} tokens"
     # While a recomputed layer is done again, the layers after it are gone already, and so is the loss.
     # All tokens of the heaviest micro-batch may have a label, whatever their share on average.
-    loss, backward = loss_bytes(work, tokens=work.tokens, trains=True), backward_bytes(work)
+    share = replace(work, tokens=-(-work.tokens // shares))
+    loss, backward = shares * loss_bytes(share, tokens=share.tokens, trains=True), shares * backward_bytes(share)
     last_recomputed = kept if again == layers else 0
     moving = [Part("activations", activations, what)]
     if loss >= backward + last_recomputed:
         moving.append(Part("loss", loss, "a chunk of logits, and its gradient"))
     else:
         moving.append(Part("backward", backward + last_recomputed, "gradients of the layer at hand"))
-    moving.extend(_gathered(work, kind))
-    return _with_slack((_weights(work), *_state(work), _context(work, kind)), moving, kind)
+    moving.extend(_gathered(work, kind, shares))
+    return _with_slack((_weights(work), *_state(work, shares), _context(work, kind)), moving, kind)
 
 
 def _positions(work: Work) -> int:

@@ -41,7 +41,7 @@ MEASURED = "measured on this machine"
 
 AMPLE = 0.5
 """The share of the usable memory below which a prediction needs no proof on a CPU: it would have to be wrong by as much
-again, and of all measured runs none was above it by more than a seventh (docs/decisions/0012)."""
+again. Before the step by hand the largest error of 24 runs was a tenth (docs/decisions/0009)."""
 
 
 @dataclass(frozen=True)

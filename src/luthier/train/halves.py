@@ -2,8 +2,12 @@
 
 Between its products a layer has a hundred small things to do, one after another: calls, allocations, thin products.
 With all threads at one operation, all but one wait for them (of two cores that train 135M the second stood still for
-18 % of the time, sampled). Two halves fill each other's gaps; Python's lock is let go during each operation. Together
-the halves need what the whole needs. docs/decisions/0012 has what it is worth.
+18 % of the time, sampled). Two halves fill each other's gaps; Python's lock is let go during each operation. What it is
+worth (docs/decisions/0012) was measured on two threads only.
+
+Together the halves keep what the whole keeps for its backward pass. What exists for a moment (the chunk of logits, the
+backward pass's own, a weight dequantised) each has for itself, each is filled up to a number of rows by itself, and the
+adapter's gradients exist twice where an earlier micro-batch left some; plan/memory.py counts it.
 
 The same run gives the same bits: the two gradients of a parameter are added in the order in which they come, and a + b
 is b + a in floating point too. That is why there are never more than two, and why what earlier micro-batches left in
@@ -23,16 +27,9 @@ from luthier.data.batches import Batch, in_two
 from luthier.model.decoder import Decoder
 from luthier.model.lora import lora_parameters
 from luthier.model.projection import Adapter
+from luthier.recipe.micro_batch import LEAST, WORTH
 
 __all__ = ["add_both", "halves"]
-
-WORTH = 2**19
-"""Numbers in the residual stream of a micro-batch (tokens x hidden size) from which on it is divided. With fewer an
-operation is so short that the halves wait for each other's Python: 8M, at 2^18.3, gained nothing."""
-
-LEAST = 384
-"""Tokens that a half has at least: both read all weights. 1.2B lost 6 % with halves of 170 to 250 tokens, and gained
-7 % with halves of 500 to 780."""
 
 EVEN = 0.55
 """The most tokens of a micro-batch that a half may have. The step waits for the larger half: beyond this it would gain
@@ -71,12 +68,15 @@ def add_both(decoder: Decoder, two: tuple[Batch, Batch], work: Callable[[Batch],
     try:
         other.start()
         sum_of_first = work(two[0])
+        other.wait()  # in here: a Ctrl-C may come while this half waits for the other
     except BaseException:
         other.stop()
         raise
     finally:
-        other.join()
-        torch.set_num_threads(threads)
+        try:
+            other.wait()
+        finally:
+            torch.set_num_threads(threads)
     sum_of_both = sum_of_first + other.result()
     for leaf, former in zip(leaves, before, strict=True):
         if former is not None:
@@ -92,6 +92,7 @@ class _Other(threading.Thread):
         self._work, self._batch, self._threads = work, batch, threads
         self._done: list[Tensor] = []
         self._error: BaseException | None = None
+        self._ended = threading.Event()
 
     def run(self) -> None:
         try:
@@ -99,11 +100,23 @@ class _Other(threading.Thread):
             self._done.append(self._work(self._batch))
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits, whatever it is
             self._error = error
+        finally:
+            self._ended.set()
 
     def stop(self) -> None:
         """Ask it to end at its next line of Python: what it computes is not wanted any more."""
         if self.ident is not None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(KeyboardInterrupt))
+
+    def wait(self) -> None:
+        """Until it has ended, if it ever began.
+
+        `join` alone would not do: when a signal breaks into it, Python before 3.13 takes the thread for ended, and the
+        next `join` does not wait. Now and then it is asked whether it lives: `stop` may have hit its last line.
+        """
+        while self.is_alive():
+            if self._ended.wait(1.0):
+                self.join()
 
     def result(self) -> Tensor:
         """What came of it, when it has ended; raises what it raised."""
