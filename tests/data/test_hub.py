@@ -122,6 +122,14 @@ def test_a_data_set_that_is_a_program_is_refused(tmp_path, folder):
     assert "Parquet" in str(found[1])
 
 
+def test_a_library_that_would_run_it_is_refused(folder):
+    code = READ.replace("import json, sys\n", "import json, sys, datasets; datasets.__version__ = '3.6.0'\n")
+    command = [sys.executable, "-c", code, json.dumps([{"path": f"hf://{folder}"}])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "version 3.6.0, which runs foreign code" in done.stdout
+    assert "luthier[data]" in done.stdout
+
+
 def test_files_that_are_not_what_they_say(tmp_path, folder):
     (folder / "train.jsonl").write_text("{not json\n")
     (found,) = read(tmp_path / "home", {"path": f"hf://{folder}"})

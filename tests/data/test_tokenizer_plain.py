@@ -11,7 +11,7 @@ import pytest
 
 from luthier.data.tokenizer import _load, _load_by_transformers
 from luthier.data.tokenizer_plain import read_plain
-from luthier.errors import ModelError
+from luthier.errors import FileError, ModelError
 from luthier.model.locate import locate_model
 from tests import tiny
 
@@ -115,7 +115,6 @@ def test_what_is_read_here_is_what_transformers_reads(folder: Path, change: Chan
         lambda folder: (folder / "added_tokens.json").write_text("{}"),
         lambda folder: (folder / "config.json").write_text('{"model_type": "mistral"}'),
         lambda folder: (folder / "tokenizer_config.json").unlink(),
-        lambda folder: (folder / "tokenizer_config.json").write_text("{"),
         lambda folder: (folder / "additional_chat_templates").mkdir(),
         lambda folder: whole(folder, padding={"strategy": "BatchLongest"}),
     ],
@@ -124,3 +123,9 @@ def test_what_is_left_to_transformers(folder: Path, change: Change) -> None:
     assert read_plain(folder) is not None
     change(folder)
     assert read_plain(folder) is None
+
+
+def test_settings_that_are_no_json_are_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(FileError, match="not valid JSON"):
+        read_plain(folder)

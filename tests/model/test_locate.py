@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.errors import ModelError
+from luthier.errors import FileError, ModelError
 from luthier.model.locate import locate_config, locate_model, weight_files
 from tests import tiny
 
@@ -319,5 +319,5 @@ def test_a_shard_outside_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="not there"):
+    with pytest.raises(FileError, match="leads out of its folder"):
         locate_model(str(folder))

@@ -11,11 +11,15 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "luthier"
 
-# Part -> the parts of ours it may import. errors, runs and the package's own version are open to all.
-OPEN = {"errors", "runs", ""}
+# Part -> the parts of ours it may import. errors, runs, lock (beside runs), guard (what stands before every file from
+# elsewhere: whoever reads one needs it) and the package's own version are open to all; guard imports errors and nothing
+# else.
+OPEN = {"errors", "runs", "lock", "guard", ""}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "guard": set(),
     "runs": set(),
+    "lock": set(),  # beside runs: whoever writes into a run directory may hold it
     "recipe": set(),
     "hardware": set(),
     "model.config": set(),
@@ -44,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "kernels",
     },
 }
-TORCH_FREE = ("recipe", "hardware", "plan", "cli")
+TORCH_FREE = ("recipe", "hardware", "plan", "cli", "guard")
 HEAVY = ("torch", "transformers", "bitsandbytes", "gguf", "safetensors", "huggingface_hub", "tokenizers")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -117,3 +121,10 @@ def test_help_starts_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_guard_imports_nothing_of_ours_but_errors() -> None:
+    for file in (PACKAGE / "guard").glob("*.py"):
+        for module, line, _ in imports(file):
+            if module.split(".")[0] == "luthier":
+                assert part_of(module) in {"errors", "guard"}, f"{file.name}:{line}: guard must not import {module}"

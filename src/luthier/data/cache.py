@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from luthier.errors import UsageError
-from luthier.runs import cache_root, read_json, write_json
+from luthier.runs import cache_root, make_private, read_json, write_json
 
 __all__ = ["cache_folder", "content_digest", "mark_used", "remove_unused"]
 
@@ -39,7 +39,7 @@ def cache_folder(name: str) -> Path:
     """
     folder = cache_root() / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)  # the rows of the user's files are in it
     except OSError as error:
         message = f"prepared data cannot be kept in {folder}: {error.strerror}"
         raise UsageError(message, "set LUTHIER_CACHE to a folder that can be written to") from error

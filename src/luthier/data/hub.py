@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["is_hub_id", "open_hub"]
 
 _BATCH = 256
+_WITHOUT_SCRIPTS = 4
+"""The first version of datasets that runs no program of a data set."""
 
 
 def is_hub_id(path: str) -> bool:
@@ -41,6 +43,9 @@ def open_hub(source: DataSource) -> tuple[str, Read, str]:
     except ImportError as error:
         message = f"{source.path}: data sets of the hub need the library datasets"
         raise DataError(message, 'pip install "luthier[data]"') from error
+    if int(datasets.__version__.partition(".")[0]) < _WITHOUT_SCRIPTS:
+        message = f"{source.path}: the library datasets is of version {datasets.__version__}, which runs foreign code"
+        raise DataError(message, 'pip install -U "luthier[data]"')
     name = source.path.removeprefix(HUB_SCHEME)
     if os.path.isabs(name) and not os.path.isdir(name):
         raise DataError(f"{source.path}: there is no folder {name}", "name a folder, or a data set as hf://owner/name")

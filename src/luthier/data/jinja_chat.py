@@ -66,6 +66,8 @@ def _strftime(form: str) -> str:
     return TEMPLATE_DATE.strftime(form)
 
 
+LONGEST_TEMPLATE = 2**18
+"""Characters; the longest templates of published models have a tenth of it."""
 _REMEDY = "use another `template`, such as alpaca"
 _FAILURES = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError, RuntimeError),
@@ -76,6 +78,9 @@ _FAILURES = (
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
+    if len(source) > LONGEST_TEMPLATE:
+        message = f"the chat template has {len(source):,} characters; at most {LONGEST_TEMPLATE:,} are compiled"
+        raise DataError(message, _REMEDY)
     environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -135,7 +140,7 @@ class ChatTemplate:
         except TooLargeError as error:
             raise DataError(f"the chat template grows without bound: {error}", _REMEDY) from error
         except _FAILURES as error:
-            raise DataError(f"the chat template fails on the conversation: {_said(error)}") from error
+            raise DataError(f"the chat template fails on the conversation: {_said(error)}", _REMEDY) from error
 
 
 def render_chat(

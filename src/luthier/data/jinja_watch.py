@@ -2,9 +2,9 @@
 
     within_limit(render, values)       render(values), or RunawayError where that takes more than a few seconds
 
-Every thread that is inside such a call has a `_Watched`; one watchdog thread looks at all of them twice a second, and
-throws an exception into a thread that has been in the same call for too long (`PyThreadState_SetAsyncExc`: it is raised
-between two steps of Python; what is one long step in C is bounded by jinja_limits.py instead).
+Every thread that is inside such a call has a `_Watched`; one watchdog thread looks at all of them four times a second,
+and throws an exception into a thread that has been in the same call for too long (`PyThreadState_SetAsyncExc`: it is
+raised between two steps of Python; what is one long step in C is bounded by jinja_limits.py instead).
 
 Time is the CPU time of the watched thread where the system tells it, so that a machine busy with other things raises no
 false alarm; elsewhere it is the clock, with a wider limit.
@@ -29,10 +29,10 @@ __all__ = ["CPU_SECONDS", "RunawayError", "within_limit"]
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 
-CPU_SECONDS = 2.0
+CPU_SECONDS = 1.0
 _CLOCK_SECONDS = 20.0
-_LOOK_SECONDS = 0.5
-_IDLE_LOOKS = 20
+_LOOK_SECONDS = 0.25
+_IDLE_LOOKS = 40
 """With nothing to watch for so many looks the watchdog thread ends; the next call starts another."""
 
 
@@ -72,8 +72,8 @@ class _Watched:
                 self.seen, self.cpu, self.clock = self.call, cpu or 0.0, now
                 return
             spent = cpu - self.cpu >= CPU_SECONDS if cpu is not None else now - self.clock >= _CLOCK_SECONDS
-            # Once more each second: what is raised inside a finalizer is lost.
-            if spent and now - self.fired >= 1.0:
+            # Again at each look: what is raised inside a finalizer is lost.
+            if spent:
                 self.fire(now)
 
     def fire(self, now: float) -> None:

@@ -119,7 +119,10 @@ def _separator(text: bytes, ending: str) -> str:
 
 def _is_header(line: bytes, separator: str, columns: Sequence[str]) -> bool:
     """Whether a line that is not JSON names the columns of a format, or those that the recipe maps."""
-    cells = next(csv.reader([line.decode("utf-8", errors="replace")], delimiter=separator), [])
+    try:
+        cells = next(csv.reader([line.decode("utf-8", errors="replace")], delimiter=separator), [])
+    except csv.Error:  # a carriage return in the middle of it, or a cell longer than the library takes
+        return False
     names = [cell.strip() for cell in cells]
     return bool(columns and set(columns) <= set(names)) or (len(names) > 1 and bool(recognise(names)))
 

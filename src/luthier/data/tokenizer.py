@@ -33,7 +33,11 @@ from luthier.data.conversation import Turn
 from luthier.data.jinja_chat import render_chat
 from luthier.data.tokenizer_cache import About, find_tokenizer, keep_tokenizer
 from luthier.data.tokenizer_plain import read_plain
-from luthier.errors import DataError, ModelError
+from luthier.errors import DataError, FileError, ModelError
+from luthier.guard.documents import read_object
+from luthier.guard.inside import check_folder
+from luthier.guard.keys import Keys
+from luthier.guard.tokenizer import MOST_TOKENS, check_tokenizer, no_panic, probe
 
 __all__ = ["ChatTokenizer", "Guarded", "Tokens", "has_tokenizer", "load_tokenizer"]
 
@@ -126,28 +130,34 @@ class ChatTokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, nothing put around it. With `special`, control tokens in it are taken for what they are."""
         if special or not self.control_pattern.search(text):
-            return self.backend.encode(text, add_special_tokens=False).ids
+            with no_panic(self.folder):
+                return self.backend.encode(text, add_special_tokens=False).ids
         mark, (guarded,) = self.guard([text])
         return self.encode_guarded(guarded, mark)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of `ids`; with `skip_special`, special tokens are left out of it."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        with no_panic(self.folder):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, control tokens taken for what they are; in parallel."""
-        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with no_panic(self.folder):
+            return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def tokens(self, texts: Sequence[Guarded]) -> Sequence[Tokens]:
         """The tokens of texts rendered from guarded contents; in parallel, and Python is free meanwhile."""
         if not any(mark for _, mark in texts):
-            return self.backend.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
+            with no_panic(self.folder):
+                return self.backend.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
         unmarked = [i for i, (_, mark) in enumerate(texts) if not mark]
         guarded = [i for i, (_, mark) in enumerate(texts) if mark]
         twin, secret_of, id_of = self._twin
         found: dict[int, Tokens] = dict(zip(unmarked, self.tokens([texts[i] for i in unmarked]), strict=True))
         told = [self._told(*texts[i], secret_of) for i in guarded]
-        for i, tokens in zip(guarded, twin.encode_batch_fast(told, add_special_tokens=False), strict=True):
+        with no_panic(self.folder):
+            encoded = twin.encode_batch_fast(told, add_special_tokens=False)
+        for i, tokens in zip(guarded, encoded, strict=True):
             found[i] = _Plain([id_of.get(number, number) for number in tokens.ids])
         return [found[i] for i in range(len(texts))]
 
@@ -258,7 +268,12 @@ class ChatTokenizer:
                 token["content"] = secret_of[content] = f"\ufdd0{secret}.{number}\ufdd1"
                 token["normalized"] = False
             real[token["content"]] = number
-        twin = Tokenizer.from_str(json.dumps(document))
+        try:
+            with no_panic(self.folder):
+                twin = Tokenizer.from_str(json.dumps(document))
+        except Exception as error:  # tokenizers raises no narrower one
+            what = f"holds a tokenizer that cannot be built a second time: {str(error)[:300]}"
+            raise FileError(self.folder, what, "check that its files are complete, and from one source") from error
         # A token that was in the model's own vocabulary under its old text gets a new id at the end.
         found = {content: twin.token_to_id(content) for content in real}
         return twin, secret_of, {at: real[content] for content, at in found.items() if at is not None}
@@ -291,12 +306,7 @@ def _eos_ids(folder: Path) -> list[int]:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ModelError(f"{path} is not a JSON object", "download the model again") from error
-        listed = value if isinstance(value, list) else [value]
-        found += [number for number in listed if isinstance(number, int)]
+        found += [number for number in Keys(read_object(path), str(path)).ids("eos_token_id") if number < MOST_TOKENS]
     return found
 
 
@@ -310,14 +320,25 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
 
     Raises:
         ModelError: there is no tokenizer, it cannot be read, or it is not of the fast kind.
+        FileError: a file of it is damaged, leads out of the folder, or would take memory or time without bound.
     """
+    check_folder(folder)
     if not has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json)", "put the model's tokenizer files there")
     kept = find_tokenizer(folder)
     if kept is not None:
         backend, about = kept
         return ChatTokenizer(backend, folder, about.special, about.eos_ids, about.chat_template, about.fingerprint)
-    made = _load(folder)
+    whole = folder / "tokenizer.json"
+    if whole.is_file():
+        try:
+            check_tokenizer(whole)
+        except FileError as error:
+            message = f"the tokenizer in {folder} cannot be loaded: {whole.name} {error.reason}"
+            raise ModelError(message, error.remedy) from error
+    with no_panic(whole):
+        made = _load(folder)
+    probe(made.backend, whole)
     about = About(made.special, made.eos_ids, made.chat_template, made.fingerprint)
     keep_tokenizer(folder, made.backend, about)
     return made

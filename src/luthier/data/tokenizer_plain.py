@@ -17,6 +17,9 @@ from typing import TypeAlias
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from luthier.guard.documents import read_object
+from luthier.guard.tokenizer import TOKENIZER_BYTES
+
 __all__ = ["Plain", "read_plain"]
 
 _Document: TypeAlias = Mapping[str, object]
@@ -40,15 +43,25 @@ class Plain:
 
 
 def read_plain(folder: Path) -> Plain | None:
-    """The tokenizer of a model's folder; None where transformers is needed to read it, or to say what is wrong."""
+    """The tokenizer of a model's folder; None where transformers is needed to read it, or to say what is wrong.
+
+    Raises:
+        FileError: its settings or the model's are no JSON object that every program reads the same.
+    """
     try:
-        config, whole = _read(folder / "tokenizer_config.json"), _read(folder / "tokenizer.json")
-        model = _read(folder / "config.json") if (folder / "config.json").is_file() else {}
-    except (OSError, ValueError):
+        whole = _read(folder / "tokenizer.json")
+    except (OSError, ValueError, RecursionError):
         return None
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    config = read_object(folder / "tokenizer_config.json", TOKENIZER_BYTES)
+    model = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     template = config.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
     special = {name: str(config[name]) for name in _NAMED if config.get(name) is not None}
     try:
         plain = _says_everything(folder, config, model, whole, special)

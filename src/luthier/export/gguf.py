@@ -13,6 +13,7 @@ Llama 3's long-context scaling (Llama 3.1 model card) goes in as a tensor of fac
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ from luthier.data.render import Template, make_template
 from luthier.data.tokenizer import load_tokenizer
 from luthier.errors import ExportError
 from luthier.export.gguf_vocab import Vocabulary, read_vocabulary
+from luthier.guard.header import check_safetensors
 from luthier.model.config import ModelConfig, read_config
 from luthier.model.locate import weight_files
 
@@ -123,6 +125,7 @@ def write_gguf(folder: Path, path: Path, quantize: Quantize = "f16", about: Abou
 @contextmanager
 def _writer(path: Path, architecture: gguf.MODEL_ARCH) -> Iterator[gguf.GGUFWriter]:
     """The library's writer on a file that is removed again unless it was moved to its place."""
+    path.unlink(missing_ok=True)  # the library would write through a link
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     try:
         yield writer
@@ -253,17 +256,15 @@ def _plan(config: ModelConfig, files: tuple[Path, ...], quantize: Quantize) -> l
     reorder = architecture is gguf.MODEL_ARCH.LLAMA
     planned: list[_Planned] = []
     for file in files:
-        with safe_open(file, framework="pt") as shard:
-            for source in shard.keys():  # noqa: SIM118  (not a dict)
-                if source.endswith("rotary_emb.inv_freq") or (config.tied and source == "lm_head.weight"):
-                    continue
-                name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-                if name is None:
-                    raise ExportError(f"{source} in {file.name} has no place in GGUF", "Merge the model again.")
-                shape = tuple(shard.get_slice(source).get_shape())
-                part = source.split(".")[-2]
-                heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(part) if reorder else None
-                planned.append(_Planned(file, source, name, shape, _kind(shape, quantize), heads))
+        for source, stored in check_safetensors(file).tensors.items():
+            if source.endswith("rotary_emb.inv_freq") or (config.tied and source == "lm_head.weight"):
+                continue
+            name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ExportError(f"{source} in {file.name} has no place in GGUF", "Merge the model again.")
+            part = source.split(".")[-2]
+            heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(part) if reorder else None
+            planned.append(_Planned(file, source, name, stored.shape, _kind(stored.shape, quantize), heads))
     return planned
 
 
@@ -287,11 +288,21 @@ def _tensors(writer: gguf.GGUFWriter, config: ModelConfig, planned: list[_Planne
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
+        _check_written(writer)
     for tensor in planned:
         with safe_open(tensor.file, framework="pt") as shard:
             stored = shard.get_tensor(tensor.source)
         writer.write_tensor_data(_converted(tensor, stored.to(torch.float32).numpy()))
+        _check_written(writer)
+
+
+def _check_written(writer: gguf.GGUFWriter) -> None:
+    """Raise OSError where a tensor is not all in the file. numpy's tofile says nothing where its last few KiB find no
+    room: it ignores what closing its own copy of the file comes to."""
     writer.flush()
+    for file in writer.fout:
+        if os.fstat(file.fileno()).st_size < file.tell():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def _converted(tensor: _Planned, values: NDArray[np.float32]) -> Array:

@@ -23,19 +23,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import orjson
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.data.render import Template
-from luthier.errors import ExportError
+from luthier.errors import ExportError, FileError
+from luthier.guard.documents import read_object
+from luthier.guard.header import StoredTensor, check_safetensors
+from luthier.guard.inside import check_folder
 from luthier.model.adapter import PREFIX, WEIGHTS, read_adapter_config
 from luthier.model.config import ModelConfig, read_config
 from luthier.model.locate import INDEX, weight_files
 from luthier.model.lora import merge_delta
-from luthier.runs import atomic_folder, read_json, write_json, write_text
+from luthier.runs import atomic_folder, write_json, write_text
 
 __all__ = ["DTYPES", "MergeDtype", "Merged", "StoredDtype", "merge", "write_tokenizer"]
 
@@ -80,14 +82,6 @@ class _Update:
 
     A: Tensor
     B: Tensor
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What the header of a weight file says of one tensor; `dtype` in safetensors' words (F16, BF16, F32, …)."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class _OverflowError(ExportError):
@@ -152,8 +146,9 @@ def _read_adapter(folder: Path) -> tuple[dict[str, _Update], float]:
     if not path.is_file():
         raise ExportError(f"{folder} has no {WEIGHTS}", "train again, or give the folder of a whole adapter")
     try:
+        check_safetensors(path)
         stored = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, FileError, OSError) as error:
         raise ExportError(f"{path} cannot be read: {error}", "train again, or save the adapter again") from error
     owners = {name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in stored}
     whole = {owner for owner in owners if owner + A_SUFFIX in stored and owner + B_SUFFIX in stored}
@@ -172,23 +167,22 @@ def _listed(lines: list[str]) -> str:
 def _readable(file: Path) -> Iterator[None]:
     """Around the reading of one of the base's weight files: ExportError where it is not whole."""
     try:
+        check_safetensors(file)
         yield
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, FileError, OSError) as error:
         remedy = "fetch the base again: the file is damaged, or its download was not completed"
         raise ExportError(f"{file} cannot be read: {error}", remedy) from error
 
 
-def _headers(files: tuple[Path, ...]) -> dict[str, _Stored]:
-    found: dict[str, _Stored] = {}
+def _headers(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
     for file in files:
-        with _readable(file), safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  (not a dict)
-                part = shard.get_slice(name)
-                found[name] = _Stored(tuple(part.get_shape()), str(part.get_dtype()))
+        with _readable(file):
+            found |= check_safetensors(file).tensors
     return found
 
 
-def _own_dtype(headers: Mapping[str, _Stored]) -> StoredDtype:
+def _own_dtype(headers: Mapping[str, StoredTensor]) -> StoredDtype:
     """The 16-bit dtype of the base's files (config.json may say another); of both kinds the one with more elements."""
     half, brain = (
         sum(math.prod(stored.shape) for stored in headers.values() if stored.dtype == kind) for kind in ("F16", "BF16")
@@ -196,7 +190,7 @@ def _own_dtype(headers: Mapping[str, _Stored]) -> StoredDtype:
     return "fp16" if half > brain else "bf16"
 
 
-def _check(base: Path, headers: Mapping[str, _Stored], updates: Mapping[str, _Update]) -> None:
+def _check(base: Path, headers: Mapping[str, StoredTensor], updates: Mapping[str, _Update]) -> None:
     problems = [f"{name}: the base has no such weight" for name in sorted(updates) if name not in headers]
     for name, update in sorted(updates.items()):
         made = (update.B.shape[0], update.A.shape[1])
@@ -246,12 +240,9 @@ def _object(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        found = read_json(path)
-    except orjson.JSONDecodeError as error:
-        raise ExportError(f"{path} is not valid JSON: {error}", "fetch the base again") from error
-    if not isinstance(found, dict):
-        raise ExportError(f"{path} does not hold a JSON object", "fetch the base again")
-    return found
+        return read_object(path)
+    except FileError as error:
+        raise ExportError(error.message, "fetch the base again") from error
 
 
 def _write_config(base: Path, folder: Path, template: Template, dtype: str) -> None:
@@ -280,6 +271,7 @@ def write_tokenizer(base: Path, folder: Path, template: Template) -> None:
 
     For a merged model and for an adapter alike: `load_tokenizer(folder)` then asks and stops as in training.
     """
+    check_folder(base)
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (base / name).is_file():

@@ -10,23 +10,30 @@ by the name of the key, never loaded as something else.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import orjson
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from luthier.errors import ModelError
+from luthier.guard.documents import read_object
+from luthier.guard.header import check_safetensors
+from luthier.guard.inside import check_folder
 from luthier.model.decoder import Decoder
 from luthier.model.lora import LoRA, LoRASpec, add_lora, lora_parameters, projections
-from luthier.runs import read_json, write_json
+from luthier.model.tensor_file import write_tensors
+from luthier.runs import write_json
 
-__all__ = ["load_adapter", "read_adapter_config", "save_adapter"]
+__all__ = ["load_adapter", "lora_spec", "read_adapter_config", "save_adapter", "write_adapter"]
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+PINNED = re.compile(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}", re.ASCII)
+"""A base on the hub, at one commit; PEFT has a key of its own for the commit."""
 
 HARMLESS = (
     *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"),
@@ -44,23 +51,24 @@ def save_adapter(decoder: Decoder, folder: Path, *, base: str) -> None:
 
     Other files in the folder stay. Raises ValueError where the decoder has no LoRA.
     """
-    spec = _spec_of(decoder)
-    if spec is None:
-        raise ValueError("this decoder has no LoRA to save")
+    spec = lora_spec(decoder)
     folder.mkdir(parents=True, exist_ok=True)
-    masters = {f"{PREFIX}{name}": p.detach().cpu().contiguous() for name, p in lora_parameters(decoder).items()}
+    write_adapter(folder, spec, {name: leaf.detach().cpu() for name, leaf in lora_parameters(decoder).items()}, base)
+
+
+def write_adapter(folder: Path, spec: LoRASpec, masters: Mapping[str, torch.Tensor], base: str) -> None:
+    """The same of `masters`, the decoder's LoRA by parameter (CPU, fp32), into a folder that is there."""
+    repository, _, commit = base.rpartition("@") if PINNED.fullmatch(base) else (base, "", None)
     beside = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
-    with beside.open("wb") as file:
-        file.write(save(masters, metadata={"format": "pt"}))
-        file.flush()
-        os.fsync(file.fileno())
+    write_tensors(beside, {f"{PREFIX}{name}": leaf for name, leaf in masters.items()}, {"format": "pt"})
     beside.replace(folder / WEIGHTS)
     write_json(
         folder / CONFIG,
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": repository,
+            "revision": commit,
             "r": spec.rank,
             "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
             "lora_dropout": spec.dropout,
@@ -76,16 +84,15 @@ def save_adapter(decoder: Decoder, folder: Path, *, base: str) -> None:
 
 
 def read_adapter_config(folder: Path) -> tuple[LoRASpec, str]:
-    """(what the adapter is, the name of its base model). Raises ModelError where it is not a plain LoRA."""
+    """(what the adapter is, the name of its base model).
+
+    Raises ModelError where it is not a plain LoRA, FileError where a file of it is damaged or not its own.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"{folder} has no {CONFIG}, so it is not an adapter", "Give the folder of a PEFT adapter.")
-    try:
-        document = read_json(path)
-    except orjson.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}", "Save or fetch the adapter again.") from error
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} does not hold a JSON object", "Save or fetch the adapter again.")
+    check_folder(folder)
+    document = read_object(path)
     _refuse_unknown(document, path)
     rank, alpha, dropout = document.get("r"), document.get("lora_alpha"), document.get("lora_dropout", 0.0)
     targets, base = document.get("target_modules"), document.get("base_model_name_or_path")
@@ -100,7 +107,10 @@ def read_adapter_config(folder: Path) -> tuple[LoRASpec, str]:
         )
     scale: Literal["standard", "rslora"] = "rslora" if document.get("use_rslora") else "standard"
     spec = LoRASpec(rank, float(alpha), float(dropout), tuple(targets), scale)
-    return spec, base if isinstance(base, str) else ""
+    name, commit = base if isinstance(base, str) else "", document.get("revision")
+    if isinstance(commit, str) and PINNED.fullmatch(f"{name}@{commit}") and not Path(name).exists():
+        name = f"{name}@{commit}"
+    return spec, name
 
 
 def _refuse_unknown(document: Mapping[str, object], path: Path) -> None:
@@ -121,6 +131,14 @@ def _refuse_unknown(document: Mapping[str, object], path: Path) -> None:
         )
 
 
+def lora_spec(decoder: Decoder) -> LoRASpec:
+    """What the decoder's LoRA is. Raises ValueError where it has none."""
+    spec = _spec_of(decoder)
+    if spec is None:
+        raise ValueError("this decoder has no LoRA to save")
+    return spec
+
+
 def _spec_of(decoder: Decoder) -> LoRASpec | None:
     return next((p.adapter.spec for _, p in projections(decoder) if isinstance(p.adapter, LoRA)), None)
 
@@ -137,6 +155,7 @@ def load_adapter(decoder: Decoder, folder: Path) -> None:
         raise ModelError(f"{folder} has no {WEIGHTS}; pickled adapters (.bin) are not read",
                          "Load it with PEFT and save it again: PEFT writes safetensors.")  # fmt: skip
     try:
+        check_safetensors(path)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "Save or fetch the adapter again.") from error

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import orjson
-
-from luthier.errors import ModelError
-from luthier.runs import read_json
+from luthier.errors import FileError, ModelError
+from luthier.guard.documents import read_object
+from luthier.guard.keys import Keys
 
 __all__ = [
     "FAMILIES",
@@ -41,6 +40,9 @@ TARGETS: Mapping[str, tuple[str, ...]] = {"all-linear": PROJECTIONS, "attention"
 """Names for groups of projections, as a recipe's `adapter.targets` may say them."""
 
 _REQUIRED = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+MOST_LAYERS = 4096
+"""Each costs time and memory before any weight is read; the deepest models have a few hundred."""
 
 RopeKind = Literal["default", "llama3", "linear", "yarn"]
 
@@ -176,70 +178,11 @@ def expand_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in PROJECTIONS if name in named)
 
 
-class _Keys:
-    """Typed reading of one JSON object; a wrong type is a ModelError that names the file and the key."""
-
-    def __init__(self, values: Mapping[str, object], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def _wrong(self, key: str, wanted: str) -> ModelError:
-        value = self.values.get(key)
-        said = "is missing" if value is None else f"is {value!r}"
-        return ModelError(f"{self.where}: `{key}` {said}, it must be {wanted}", "Fetch the model again.")
-
-    def _given(self, key: str, default: object) -> object:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self._given(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong(key, "a positive whole number")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._given(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise self._wrong(key, "a number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._given(key, default)
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
-        return value
-
-    def text(self, key: str, default: str) -> str:
-        value = self._given(key, default)
-        if not isinstance(value, str):
-            raise self._wrong(key, "a text")
-        return value
-
-    def ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
-        value = self.values.get(key, default)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(one, int) and not isinstance(one, bool) for one in found):
-            raise self._wrong(key, "a token id or a list of them")
-        return tuple(one for one in found if isinstance(one, int))
-
-    def inside(self, key: str) -> _Keys | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self._wrong(key, "an object")
-        return _Keys(value, f"{self.where}: {key}")
-
-
-def _read_object(path: Path) -> _Keys:
+def _read_object(path: Path) -> Keys:
     try:
-        document = read_json(path)
-    except orjson.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}", "Fetch the model again.") from error
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} does not hold a JSON object", "Fetch the model again.")
-    return _Keys(document, str(path))
+        return Keys(read_object(path), str(path))
+    except FileError as error:
+        raise ModelError(error.message, "Fetch the model again.") from error
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -255,7 +198,7 @@ def read_config(folder: Path) -> ModelConfig:
     keys = _read_object(path)
     family = _family(keys)
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
-    layers = keys.whole("num_hidden_layers")
+    layers = keys.whole("num_hidden_layers", most=MOST_LAYERS)
     max_positions = keys.whole("max_position_embeddings", family.max_positions)
     theta, rope = _rope(keys, max_positions)
     window, windowed = _window(keys, family, layers)
@@ -294,7 +237,7 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def _family(keys: _Keys) -> Family:
+def _family(keys: Keys) -> Family:
     name = keys.text("model_type", "")
     if name not in FAMILIES and keys.values.get("model_type") is not None:
         raise ModelError(
@@ -317,7 +260,7 @@ def _family(keys: _Keys) -> Family:
     return FAMILIES[name]
 
 
-def _eos_ids(keys: _Keys, family: Family, folder: Path) -> tuple[int, ...]:
+def _eos_ids(keys: Keys, family: Family, folder: Path) -> tuple[int, ...]:
     ids = keys.ids("eos_token_id", family.eos_id)
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -325,7 +268,7 @@ def _eos_ids(keys: _Keys, family: Family, folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _window(keys: _Keys, family: Family, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _window(keys: Keys, family: Family, layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """(window, which layers have it); transformers' rule for each family."""
     if family.window == "never":
         return None, ()
@@ -354,10 +297,10 @@ def _window(keys: _Keys, family: Family, layers: int) -> tuple[int | None, tuple
     return window, windowed
 
 
-def _rope(keys: _Keys, max_positions: int) -> tuple[float, RopeScaling]:
+def _rope(keys: Keys, max_positions: int) -> tuple[float, RopeScaling]:
     """(theta, scaling) from `rope_scaling` beside `rope_theta` (the old layout) or `rope_parameters` (the new one)."""
     base = keys.number("rope_theta", 10000.0)
-    rope = keys.inside("rope_scaling") or keys.inside("rope_parameters") or _Keys({}, keys.where)
+    rope = keys.inside("rope_scaling") or keys.inside("rope_parameters") or Keys({}, keys.where)
     theta = rope.number("rope_theta", base)
     kind = rope.text("rope_type", rope.text("type", "default"))
     for place in (keys, rope):
@@ -380,7 +323,7 @@ def _rope(keys: _Keys, max_positions: int) -> tuple[float, RopeScaling]:
     )
 
 
-def _yarn(rope: _Keys, original: int, max_positions: int) -> RopeScaling:
+def _yarn(rope: Keys, original: int, max_positions: int) -> RopeScaling:
     """YaRN's settings with the attention factor resolved: 0.1 ln(factor) + 1 unless given (equation 22)."""
     factor = rope.number("factor", max_positions / original)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from luthier.errors import ModelError
+from luthier.errors import FileError, ModelError
+from luthier.guard.header import check_safetensors
 from luthier.model.config import read_config
 from luthier.model.decoder import Decoder
 from luthier.model.fp8 import FP8Linear, check_fp8
@@ -30,6 +31,9 @@ __all__ = ["linear_of", "load_decoder", "return_freed"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The safetensors dtypes that hold plain weights."""
+
+SHOWN = 200
+"""How many problems are listed; the rest is counted."""
 
 HOLES = 2**28
 """Bytes quantised between two calls of `return_freed`: it takes milliseconds, and each page given back a fault."""
@@ -56,7 +60,7 @@ def load_decoder(
     with torch.inference_mode(False):
         freed = 0
         for file in files:
-            for name in _names(file):
+            for name in check_safetensors(file).tensors:
                 if name not in shapes:
                     continue
                 with safe_open(file, framework="pt") as shard:
@@ -91,11 +95,6 @@ def return_freed() -> None:
             trim(0)
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as shard:
-        return list(shard.keys())
-
-
 def _place(decoder: Decoder, name: str, stored: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """Copy one tensor into the decoder; `stored` is a view of the file's mapping and must not be kept."""
     tensor = stored.to(device=device, dtype=dtype, copy=True)
@@ -117,23 +116,25 @@ def _check(folder: Path, files: tuple[Path, ...], shapes: Mapping[str, tuple[int
     seen: set[str] = set()
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  (not a dict)
-                    part = shard.get_slice(name)
-                    shape = tuple(part.get_shape())
-                    if name in shapes:
-                        seen.add(name)
-                        if shape != shapes[name]:
-                            problems.append(f"{name}: {shape} in {file.name}, the config asks for {shapes[name]}")
-                        elif part.get_dtype() not in FLOATS:
-                            problems.append(f"{name}: {part.get_dtype()} in {file.name}, which is not a plain weight")
-                    elif not _ignored(name, tied):
-                        problems.append(f"{name}: {shape} in {file.name} is not part of this model")
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{file.name} cannot be read: {error}")
+            header = check_safetensors(file)
+        except FileError as error:
+            problems.append(f"{file.name} {error.reason}")
+            continue
+        for name, stored in header.tensors.items():
+            if name in shapes:
+                if name in seen:
+                    problems.append(f"{name}: in {file.name}, and in another file too")
+                seen.add(name)
+                if stored.shape != shapes[name]:
+                    problems.append(f"{name}: {stored.shape} in {file.name}, the config asks for {shapes[name]}")
+                elif stored.dtype not in FLOATS:
+                    problems.append(f"{name}: {stored.dtype} in {file.name}, which is not a plain weight")
+            elif not _ignored(name, tied):
+                problems.append(f"{name}: {stored.shape} in {file.name} is not part of this model")
     problems += [f"{name}: {shape} is missing" for name, shape in shapes.items() if name not in seen]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
+        shown = problems[:SHOWN] + [f"and {len(problems) - SHOWN:,} more"] * (len(problems) > SHOWN)
+        listed = "\n".join(f"  {problem}" for problem in shown)
         raise ModelError(
             f"the weights in {folder} do not fit its config.json, {len(problems)} problem(s):\n{listed}",
             "Fetch the model again; a folder that was edited by hand needs all of its files from one source.",

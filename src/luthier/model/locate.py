@@ -12,13 +12,12 @@ import difflib
 import re
 from pathlib import Path
 
-import orjson
-
 from luthier.errors import ModelError
+from luthier.guard.documents import INDEX_BYTES, read_object
+from luthier.guard.inside import check_folder, check_inside, inside, is_name
 from luthier.model.config import read_config
-from luthier.runs import read_json
 
-__all__ = ["BUNDLED", "locate_config", "locate_model", "weight_files"]
+__all__ = ["BUNDLED", "locate_config", "locate_model", "pinned_to", "revision_of", "weight_files"]
 
 BUNDLED = "sprig"
 """The name of the model that comes with the package."""
@@ -33,21 +32,27 @@ CONFIG_FILES = (
     *("added_tokens.json", "vocab.json", "merges.txt", "*.jinja", "chat_template.json"),
 )
 """What says of a model what it is and how it reads text."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+MOST_SHARDS = 10_000
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", re.ASCII)
+"""A model on the hub; after an @ a branch, a tag, or the commit that it is pinned to."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a model, shards in the order of their names.
 
-    Raises ModelError where there are none, some are missing, or only pickled weights are there.
+    Raises ModelError where there are none, some are missing, or only pickled weights are there; FileError where the
+    index is damaged, or a file leads out of the folder.
     """
     index = folder / INDEX
     if index.is_file():
         return _shards(index)
     if (folder / SINGLE).is_file():
+        check_inside(folder, folder / SINGLE)
         return (folder / SINGLE,)
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
             f"{folder} has only pickled weights ({', '.join(pickled[:3])}); opening a pickle can run code",
@@ -58,25 +63,41 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    try:
-        document = read_json(index)
-    except orjson.JSONDecodeError as error:
-        raise ModelError(f"{index} is not valid JSON: {error}", "Fetch the model again.") from error
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    weight_map = read_object(index, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no `weight_map`", "Fetch the model again.")
-    names = sorted({str(name) for name in weight_map.values()})
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if not all(isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()):
+        raise ModelError(f"{index} names files that are not .safetensors; no other kind is opened",
+                         "Fetch the model again, in safetensors.")  # fmt: skip
+    names = sorted(set(weight_map.values()))
+    if len(names) > MOST_SHARDS:
+        raise ModelError(f"{index} names {len(names):,} files; no model has as many", "Fetch the model again.")
+    missing = [name for name in names if is_name(name) and not (index.parent / name).exists()]
     if missing:
         raise ModelError(
             f"{index} names {len(missing)} of {len(names)} files that are not there: {', '.join(missing[:5])}",
             "Fetch the model again: its download was not completed.",
         )
-    return tuple(index.parent / name for name in names)
+    return tuple(inside(index.parent, name, index) for name in names)
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit of a folder that came from the hub, as its cache names it; None of a folder from elsewhere."""
+    snapshots = folder.parent
+    of_the_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return folder.name if of_the_cache and COMMIT.fullmatch(folder.name) else None
+
+
+def pinned_to(name: str, commit: str | None) -> str:
+    """The name of the model `name` at one commit (`owner/name@commit`); a folder's, and sprig's, stays as it is."""
+    found = None if name == BUNDLED or Path(name).expanduser().exists() else HUB_ID.fullmatch(name)
+    return name if commit is None or found is None else f"{found[1]}@{commit}"
 
 
 def locate_model(name: str) -> Path:
     """The folder of the model `name`: `sprig`, a folder, or a hub id (fetched where it is not yet in the cache).
+
+    A hub id may say which version is meant: `owner/name@commit`, or a branch or tag after the @.
 
     Raises ModelError where it cannot be had: no such folder or id, no network, gated, pickled weights only, or of a
     family that is not supported.
@@ -84,6 +105,7 @@ def locate_model(name: str) -> Path:
     folder = _on_disk(name)
     if folder is None:
         return _from_hub(name)
+    check_folder(folder)
     read_config(folder)
     weight_files(folder)
     return folder
@@ -97,6 +119,7 @@ def locate_config(name: str) -> Path:
     folder = _on_disk(name)
     if folder is None:
         return _config_from_hub(name, CONFIG_FILES)
+    check_folder(folder)
     read_config(folder)
     return folder
 
@@ -122,13 +145,15 @@ def _config_from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     folder = _fetch(name, patterns)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name} on the hub has no config.json", "Choose a model in transformers' layout.")
+    check_folder(folder)
     read_config(folder)
     return folder
 
 
 def _from_hub(name: str) -> Path:
-    _config_from_hub(name, SMALL_FILES)
-    folder = _fetch(name, SMALL_FILES + WEIGHT_FILES)
+    commit = revision_of(_config_from_hub(name, SMALL_FILES))
+    folder = _fetch(pinned_to(name, commit), SMALL_FILES + WEIGHT_FILES)  # of that commit, if a new one came meanwhile
+    check_folder(folder)
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         if why := _out_of_reach(name):
             raise _partly_here(name, why)
@@ -142,6 +167,12 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
+def _asked(name: str) -> tuple[str, str | None]:
+    """(repository, revision) of a hub id."""
+    found = HUB_ID.fullmatch(name)
+    return (name, None) if found is None else (found[1], found[2])
+
+
 def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
     """Files of a hub repository, from the cache where they are there. The one boundary to huggingface_hub's errors."""
     from huggingface_hub import (
@@ -152,9 +183,13 @@ def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
     )  # half a second: only for hub ids
     from huggingface_hub import errors as hub
 
-    page = f"{constants.ENDPOINT}/{name}"
+    repository, revision = _asked(name)
+    page = f"{constants.ENDPOINT}/{repository}"
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except hub.RevisionNotFoundError as error:
+        raise ModelError(f"the model {repository} on the hub has no version {revision}",
+                         f"Look at {page}/commits/main, and write one of them after the @.") from error  # fmt: skip
     except hub.GatedRepoError as error:
         how = "log in with `hf auth login`" if get_token() is None else "use a token of an account that has access"
         raise ModelError(f"the model {name} is gated: its makers ask you to accept their terms first",
@@ -166,7 +201,7 @@ def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
         ) from error
     except hub.LocalEntryNotFoundError as error:
         why = _why(error.__cause__ or error)
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
             raise _partly_here(name, why) from error
         raise ModelError(
             f"the model {name} is neither a folder nor in the hub's cache on this machine, and {why}{_meant(name)}",
@@ -183,7 +218,8 @@ def _out_of_reach(name: str) -> str | None:
     from huggingface_hub import errors as hub
 
     try:
-        HfApi().model_info(name)
+        repository, revision = _asked(name)
+        HfApi().model_info(repository, revision=revision)
     except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's own root error
         return _why(error)
     return None

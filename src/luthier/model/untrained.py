@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
+from luthier.guard.header import check_safetensors
 from luthier.model.locate import weight_files
 
 __all__ = ["untrained_tokens"]
@@ -33,18 +33,15 @@ def untrained_tokens(folder: Path, ids: Sequence[int]) -> tuple[int, ...]:
 
     Raises:
         ModelError: the folder has no weights.
+        FileError: a file of them is damaged.
     """
     for file in weight_files(folder):
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = orjson.loads(opened.read(size))
-        if _EMBEDDING in header and header[_EMBEDDING]["dtype"] in _BYTES:
-            entry = header[_EMBEDDING]
-            vocabulary, width = entry["shape"]
-            start = 8 + size + entry["data_offsets"][0]
-            item = _BYTES[entry["dtype"]]
-            raw = np.memmap(file, dtype=np.uint8, mode="r", offset=start, shape=(vocabulary, width * item))
-            return _untrained(raw, entry["dtype"], [number for number in ids if number < vocabulary])
+        stored = check_safetensors(file).tensors.get(_EMBEDDING)
+        if stored is not None and stored.dtype in _BYTES and len(stored.shape) == 2 and stored.stop > stored.start:
+            vocabulary, width = stored.shape
+            shape = (vocabulary, width * _BYTES[stored.dtype])
+            raw = np.memmap(file, dtype=np.uint8, mode="r", offset=stored.start, shape=shape)
+            return _untrained(raw, stored.dtype, [number for number in ids if 0 <= number < vocabulary])
     return ()
 
 

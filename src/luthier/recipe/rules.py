@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from luthier.guard.secrets import holds_secret
 from luthier.recipe.places import reads_as_hub_set
 from luthier.recipe.schema import BUNDLED_DATA, KNOWN_TASKS, NAMED_TEMPLATES, Recipe
+from luthier.recipe.times import seconds_of
 
 __all__ = ["RULES", "Breach", "breaches"]
 
@@ -60,6 +62,35 @@ def _micro_batch_divides(recipe: Recipe) -> Iterator[Breach]:
         f"`train.micro_batch` {micro} does not divide `train.batch_size` {batch}",
         f"the nearest that does is {divisors[-1]}",
     )
+
+
+def _time_is_some(recipe: Recipe) -> Iterator[Breach]:
+    time = recipe.train.max_time
+    if time is not None and seconds_of(time) <= 0:
+        reason = f"`train.max_time` is {time}, which leaves no time at all"
+        yield Breach((("train", "max_time"),), reason, "such as 2h30m; left out: no limit")
+
+
+def _no_secrets(recipe: Recipe) -> Iterator[Breach]:
+    """A recipe is copied into its run and into the report: what is in it is published with them."""
+    for path, text in _texts(recipe.model_dump(), ()):
+        if holds_secret(text):
+            name = ".".join(map(str, path))
+            reason = f"`{name}` holds what looks like a token or a password, and a recipe is copied into its run"
+            yield Breach((path,), reason, "take it out; set HF_TOKEN, or log in with `hf auth login`")
+
+
+def _texts(value: object, path: Path) -> Iterator[tuple[Path, str]]:
+    """Every text in it, with its place."""
+    if isinstance(value, str):
+        yield path, value
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    for key, inner in items:
+        yield from _texts(inner, (*path, key if isinstance(key, int) else str(key)))
 
 
 def _split_sums_to_one(recipe: Recipe) -> Iterator[Breach]:
@@ -152,6 +183,8 @@ RULES: tuple[Callable[[Recipe], Iterator[Breach]], ...] = (
     _epochs_or_steps,
     _warmup_ends,
     _micro_batch_divides,
+    _time_is_some,
+    _no_secrets,
     _split_sums_to_one,
     _something_to_train_on,
     _no_twice,
