@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from luthier.runs import atomic_folder, recover_folder
+from luthier.runs import atomic_folder, make_private, recover_folder, write_text
 
 KILLED = """
 import os, signal, sys
@@ -101,3 +102,41 @@ def test_nothing_to_recover(tmp_path: Path) -> None:
     folder(tmp_path / f".last.{dead_pid()}.tmp", "half")
     assert not recover_folder(tmp_path / "last")
     assert names(tmp_path) == []
+
+
+def test_a_folder_stopped_between_its_two_renames_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may come there: whoever reads the folder without writing it finds the old one."""
+    place, rename = tmp_path / "export", Path.rename
+    with atomic_folder(place) as folder:
+        (folder / "a").write_text("old")
+
+    def stopped(self: Path, target: Path) -> Path:
+        if target == place and self.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(place) as folder:
+        (folder / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert (place / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize(("mode", "file", "inner"), [(0o700, 0o600, 0o700), (0o755, 0o644, 0o755)])
+def test_what_is_written_is_as_private_as_its_folder(tmp_path: Path, mode: int, file: int, inner: int) -> None:
+    """Under the usual umask; whoever runs this may have a stricter one."""
+    before = os.umask(0o022)
+    try:
+        run = tmp_path / "runs" / "mine"
+        make_private(run)
+        assert stat.S_IMODE(run.stat().st_mode) == 0o700
+        assert stat.S_IMODE(run.parent.stat().st_mode) == 0o755, "only the run is its user's alone"
+        run.chmod(mode)
+        make_private(run)
+        write_text(run / "data" / "data.json", "{}")
+        with atomic_folder(run / "adapter") as beside:
+            write_text(beside / "what", "new")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*")}
+    assert modes == {"data": inner, "data.json": file, "adapter": inner, "what": file}

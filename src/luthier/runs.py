@@ -1,10 +1,13 @@
 """The run directory: the interface between stages.
 
     runs/<name>/ recipe.yaml  plan.json  data/{data.json,rejected.jsonl}  events.jsonl
-                 checkpoints/{best,last}/…  adapter/  eval.json  exports/<kind>/…
+                 checkpoints/{step-000100/…,LATEST,BEST}  adapter/  eval.json  exports/<kind>/…
 
 Every write is atomic: a file is written beside its place, flushed to disk and renamed; a folder likewise. So a
 reader, or a run that is killed, finds the old state or the new one, never half of either.
+
+A run directory is its user's alone: `make_private` gives it the mode 0700, and what is written into a private folder
+by the functions here is private too (0600, folders 0700). A folder that the user made keeps the mode they gave it.
 
 What is written beside a NAME is called `.NAME.PID.tmp`, and the older NAME, for the moment between two renames,
 `.NAME.PID.old`. A killed process leaves them behind: `recover_folder` puts back what is needed and removes the rest.
@@ -19,18 +22,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 import psutil
+
+from luthier.errors import FileError
 
 __all__ = [
     "SCHEMA_VERSION",
     "RunDirectory",
     "atomic_folder",
     "cache_root",
+    "check_places",
+    "file_mode",
     "flush_folder",
+    "make_private",
+    "open_new",
     "read_json",
     "recover_folder",
+    "remove_path",
     "write_json",
     "write_text",
 ]
@@ -46,6 +57,25 @@ def cache_root() -> Path:
     return Path(chosen) if chosen else base
 
 
+def make_private(folder: Path) -> None:
+    """Make `folder`, for its user alone; one that is there stays as it is. Missing parents get the usual mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def file_mode(folder: Path) -> int:
+    """The mode of a new file in `folder`, before the umask: others may read it where they may enter the folder."""
+    return 0o666 if folder.stat().st_mode & 0o077 else 0o600
+
+
+def _make_folders(folder: Path) -> None:
+    """Make `folder` and its missing parents, private below a private one."""
+    if folder.is_dir():
+        return
+    _make_folders(folder.parent)
+    folder.mkdir(mode=0o777 if file_mode(folder.parent) == 0o666 else 0o700, exist_ok=True)
+
+
 def flush_folder(folder: Path) -> None:
     """Make renames in `folder` last beyond a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -55,15 +85,27 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file for writing, as private as its folder. What has its name is replaced; through a link that lies
+    there nothing is written."""
+    path.unlink(missing_ok=True)
+    mode = file_mode(path.parent)
+    return open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically, making its folder if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(path.parent)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with open_new(beside) as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:  # a signal, or a full disk, where it would keep the room that others need
+        beside.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
 
 
@@ -95,7 +137,7 @@ def recover_folder(path: Path) -> bool:
     for left, pid in _leftovers(path):
         # Our own number on a leftover is of a process before us: a container gives the same ones at every start.
         if pid == os.getpid() or not psutil.pid_exists(pid):
-            _remove(left)
+            remove_path(left)
     return path.is_dir()
 
 
@@ -106,7 +148,8 @@ def _leftovers(path: Path) -> list[tuple[Path, int]]:
     return [(left, int(match[1])) for left, match in found if match]
 
 
-def _remove(left: Path) -> None:
+def remove_path(left: Path) -> None:
+    """Remove a folder with all in it, a file, or a link; what is not there is no matter."""
     if left.is_dir() and not left.is_symlink():
         shutil.rmtree(left, ignore_errors=True)
     else:
@@ -119,24 +162,43 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An older `path` is kept beside until the new one is in place, so there is never a moment without a good one on disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(path.parent)
     recover_folder(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.mkdir()
+    older = path.with_name(f".{path.name}.{os.getpid()}.old")
+    beside.mkdir(mode=0o777 if file_mode(path.parent) == 0o666 else 0o700)
     try:
         yield beside
         for file in sorted(beside.rglob("*")):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        older = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             path.rename(older)
         beside.rename(path)
         flush_folder(path.parent)
-        _remove(older)
+        remove_path(older)
     finally:
+        if older.is_dir() and not path.exists():  # a signal came between the two renames
+            older.rename(path)
         shutil.rmtree(beside, ignore_errors=True)
+
+
+_WRITTEN_THROUGH = (".lock", "events.jsonl", "checkpoints", "data", "exports", "exports/gguf")
+
+
+def check_places(run: Path) -> None:
+    """Refuse a run directory in which a place that is written into, not replaced, is a link: it may lead anywhere.
+
+    Raises FileError.
+    """
+    for name in _WRITTEN_THROUGH:
+        if (run / name).is_symlink():
+            raise FileError(
+                run / name,
+                "is a link, and is not written through",
+                "Remove it; where it is to save room, make the whole run directory (--out) where there is some.",
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from luthier.errors import UsageError
 from luthier.hardware.device import GIB, DeviceKind
 from luthier.plan.choose import choose
+from luthier.plan.disk import NOTHING_KEPT, Written
 from luthier.plan.footprint import Memory
 from luthier.plan.memory import predict_memory
 from luthier.plan.plan import as_document
@@ -221,9 +221,9 @@ def test_a_plan_asks_the_memory_model_a_few_hundred_times(monkeypatch: pytest.Mo
     """80 layers and a batch with 30 divisors, which tried one by one would be thousands: a plan must answer at once."""
     asked: list[Work] = []
 
-    def counted(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) -> Memory:
+    def counted(work: Work, kind: DeviceKind, written: Written = NOTHING_KEPT) -> Memory:
         asked.append(work)
-        return predict_memory(work, kind, exports)
+        return predict_memory(work, kind, written)
 
     monkeypatch.setattr("luthier.plan.search.predict_memory", counted)
     choose(recipe(train={"batch_size": 720, "epochs": 1}), replace(H100, memory_gib=60.0), LLAMA_70B, LONG)

@@ -21,6 +21,7 @@ from luthier.plan.adapter import (
 )
 from luthier.plan.computing import choose_computing
 from luthier.plan.decision import YOURS, Decision
+from luthier.plan.disk import Written
 from luthier.plan.fitting import Found, decide, held_by_others
 from luthier.plan.machine import choose_precision, hardware_source
 from luthier.plan.plan import Plan
@@ -47,6 +48,7 @@ from luthier.plan.search import (
 )
 from luthier.plan.settings import Settings
 from luthier.plan.sizes import adapter_parameters
+from luthier.plan.stopping import choose_stopping, max_seconds, skips_of
 from luthier.plan.support import check_attention, check_optimizer, check_quantize
 from luthier.plan.timing import evaluation_seconds, plan_time
 from luthier.recipe.schema import Recipe
@@ -147,7 +149,7 @@ def _task(
         packed=course.epoch.rows_per_unit if course.packing.value else None,
         # A prompt token of any weight reaches the head.
         labelled=1.0 if recipe.prompt_loss_weight else min(1.0, facts.labelled_tokens / max(1, course.epoch.tokens)),
-        exports=recipe.export,
+        written=Written(recipe.export, recipe.train.keep, course.steps.value),
         pinned=_pinned(recipe, device, config, precision),
     )
 
@@ -187,6 +189,7 @@ def choose(
     steps, measured = course.steps.value, evaluation_seconds(task, best.speed)
     evaluate = choose_eval_every(recipe, steps, facts.eval_rows, steps * best.speed.step_seconds, measured)
     save = choose_save_every(recipe, steps, evaluate.value)
+    trainable = adapter_parameters(config, adapter.targets.value, adapter.rank.value)
     decisions: tuple[Decision[object], ...] = (
         *_given(recipe, device, config),
         precision,
@@ -195,11 +198,10 @@ def choose(
         *(adapter.targets, adapter.rank, adapter.alpha, adapter.rate),
         *(course.max_length, course.packing, course.batch_size, course.epochs, course.steps, course.warmup_steps),
         *(evaluate, save, choose_proof(device, best.memory)),
-        *rows_as_given(recipe, facts.lengths, course.max_length.value),
-        *as_given(recipe),
+        *choose_stopping(recipe, trainable, best.choice.optimizer, best.speed.step_seconds),
+        *(*rows_as_given(recipe, facts.lengths, course.max_length.value), *as_given(recipe)),
         Decision("train.workers", 0, _NO_WORKERS, "this version"),
     )
-    trainable = adapter_parameters(config, adapter.targets.value, adapter.rank.value)
     return Plan(
         settings=_settings(recipe, adapter, course, best, evaluate.value, save.value, device),
         decisions=decisions,
@@ -253,6 +255,10 @@ def _settings(
         save_every=save_every,
         seed=recipe.seed,
         device=device.kind,
+        keep=train.keep,
+        on_nonfinite=skips_of(train),
+        max_time=max_seconds(train),
+        stop_file=train.stop_file,
     )
 
 

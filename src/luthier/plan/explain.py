@@ -26,12 +26,15 @@ _KINDS = len(_GLYPHS)
 _USUAL = (
     *("train_on", "prompt_loss_weight", "long_rows", "adapter.dropout", "adapter.scale", "seed"),
     *("train.longest_first", "train.schedule", "train.weight_decay", "train.clip", "train.compile", "train.workers"),
+    *("train.keep", "train.on_nonfinite", "train.stop_file"),
 )
 """What the short table only names, where the user did not set it."""
 
 
 def shown_value(value: object) -> str:
     """A value as people write it in a recipe."""
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):

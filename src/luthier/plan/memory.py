@@ -1,4 +1,4 @@
-"""Memory in closed form: what a run holds on each device, on its host and on disk. No torch, nothing measured here.
+"""Memory in closed form: what a run holds on each device and on its host. No torch, nothing measured here.
 
     weights + adapter + gradients + optimizer state            fixed
     + activations + the fuller of (loss, backward)             per micro-batch, see activations.py
@@ -35,6 +35,7 @@ from luthier.plan.activations import (
     loss_bytes,
     recomputed_bytes,
 )
+from luthier.plan.disk import NOTHING_KEPT, Written, predict_disk
 from luthier.plan.footprint import Memory, Part, Phase
 from luthier.plan.sizes import (
     NF4_BITS,
@@ -74,15 +75,16 @@ def weight_bytes(work: Work) -> int:
     return int(held) + others * element_bytes(work.precision)
 
 
-def predict_memory(work: Work, kind: DeviceKind, exports: Sequence[str] = ()) -> Memory:
-    """What `work` holds on each device of this kind, on the host, and on disk with `exports` (hf, gguf, ollama)."""
+def predict_memory(work: Work, kind: DeviceKind, written: Written = NOTHING_KEPT) -> Memory:
+    """What `work` holds on each device of this kind, on the host, and on disk where this is to be written."""
     shares = _shares(work, kind)
     if kind == "cpu" and work.precision != "fp32":
         work = _filled(work, shares)
     phases = [Phase("load", _load(work, kind)), Phase("train", _train(work, kind, shares))]
     if work.evaluation_tokens:
         phases.append(Phase("evaluate", _evaluate(work, kind)))
-    return Memory(tuple(phases), _host(work, kind), _disk(work, exports))
+    disk = predict_disk(work.config, _trained(work), work.optimizer, written)
+    return Memory(tuple(phases), _host(work, kind), disk)
 
 
 def _shares(work: Work, kind: DeviceKind) -> int:
@@ -193,7 +195,14 @@ def _train(work: Work, kind: DeviceKind, shares: int) -> tuple[Part, ...]:
     else:
         moving.append(Part("backward", backward + last_recomputed, "gradients of the layer at hand"))
     moving.extend(_gathered(work, kind, shares))
-    return _with_slack((_weights(work), *_state(work, shares), _context(work, kind)), moving, kind)
+    written = (_snapshot(work),) if kind == "cpu" else ()
+    return _with_slack((_weights(work), *_state(work, shares), *written, _context(work, kind)), moving, kind)
+
+
+def _snapshot(work: Work) -> Part:
+    """The copy of adapter and optimizer that is written to disk while the next step is taken."""
+    size = int(_trained(work) * (4 + moment_bytes(work.optimizer)))
+    return Part("checkpoint", size, "a copy of adapter and optimizer, while it is written")
 
 
 def _positions(work: Work) -> int:
@@ -227,19 +236,8 @@ def _host(work: Work, kind: DeviceKind) -> Phase:
         Part("process", context),
         Part("merge", merged + wide, "one file of weights, and one tensor in fp32"),
     ]
+    if kind != "cpu":
+        parts.append(_snapshot(work))
     if work.optimizer == "paged-adamw-8bit":
         parts.append(Part("paged optimizer", int(_trained(work) * moment_bytes(work.optimizer))))
     return Phase("host", tuple(parts))
-
-
-def _disk(work: Work, exports: Sequence[str]) -> Phase:
-    """Checkpoints `last` and `best`, a third while one replaces another, the adapter, and the exports."""
-    count = _trained(work)
-    moments = moment_bytes(work.optimizer)
-    parts = [Part("checkpoints", int(3 * count * (4 + moments)), "last, best, and the one being written")]
-    parts.append(Part("adapter", 4 * count))
-    merged = min(_SHARD, 2 * parameters(work.config))
-    if exports:  # every export begins with the merged model
-        parts.append(Part("merged model", merged, "16-bit"))
-    parts.extend(Part(name, merged, "16-bit") for name in exports if name in ("gguf", "ollama"))
-    return Phase("disk", tuple(parts))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from luthier.errors import DataError, FitError, UsageError
 from luthier.hardware.device import Device
+from luthier.plan.disk import Written
 from luthier.plan.fitting import held_by_others
 from luthier.plan.footprint import Phase
 from luthier.plan.machine import choose_precision
@@ -100,8 +101,15 @@ def _more_disk(task: Task, device: Device, short: Shortfall) -> str:
     remedy = (
         f"free {gib_up(short.phase.gib - short.have)} on the disk that the run goes to, or choose another with --out"
     )
-    without = leanest(replace(task, exports=()), device).memory.disk
-    if task.exports and without.gib <= short.have:
+    written = task.written
+
+    def enough(changed: Written) -> Phase | None:
+        found = leanest(replace(task, written=changed), device).memory.disk
+        return found if found.gib <= short.have else None
+
+    if written.keep > 1 and (fewer := enough(replace(written, keep=1))):
+        remedy += f"; train.keep: 1 (with one checkpoint beside the best {amount(fewer.bytes)} are written)"
+    if written.exports and (without := enough(replace(written, exports=()))):
         remedy += f"; export: [] (without exports {amount(without.bytes)} are written)"
     return remedy
 

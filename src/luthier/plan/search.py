@@ -34,6 +34,7 @@ from typing import Literal
 from luthier.hardware.device import GIB, Device, Precision
 from luthier.hardware.kernels import kernels_of
 from luthier.model.config import ModelConfig
+from luthier.plan.disk import NOTHING_KEPT, Written
 from luthier.plan.footprint import Memory, Phase
 from luthier.plan.memory import predict_memory
 from luthier.plan.rows import Lengths
@@ -88,7 +89,7 @@ class Task:
     """What is to be trained, as far as it is decided before memory is looked at.
 
     packed: rows that a pack has on average, None: rows are not packed. step_tokens: of an average optimizer step.
-    labelled: the share of tokens that are learned. exports: what is written after training.
+    labelled: the share of tokens that are learned. written: what is left on disk.
     """
 
     config: ModelConfig
@@ -103,7 +104,7 @@ class Task:
     step_tokens: float
     packed: float | None = None
     labelled: float = 1.0
-    exports: tuple[str, ...] = ()
+    written: Written = NOTHING_KEPT
     pinned: Pinned = Pinned()
 
     def tokens(self, micro_batch: int) -> int:
@@ -228,7 +229,7 @@ def work_of(task: Task, device: Device, choice: Choice) -> Work:
 def candidate(task: Task, device: Device, choice: Choice) -> Candidate:
     """`choice` with its memory and time, whether it fits or not."""
     work = work_of(task, device, choice)
-    return Candidate(choice, work, predict_memory(work, device.kind, task.exports), predict_speed(work, device))
+    return Candidate(choice, work, predict_memory(work, device.kind, task.written), predict_speed(work, device))
 
 
 def shortfalls(memory: Memory, device: Device, margin: float) -> tuple[Shortfall, ...]:
@@ -243,7 +244,7 @@ def shortfalls(memory: Memory, device: Device, margin: float) -> tuple[Shortfall
 
 
 def _is_within(task: Task, device: Device, margin: float, choice: Choice) -> bool:
-    memory = predict_memory(work_of(task, device, choice), device.kind, task.exports)
+    memory = predict_memory(work_of(task, device, choice), device.kind, task.written)
     return not shortfalls(memory, device, margin)
 
 

@@ -51,6 +51,10 @@ _ALSO_CALLED = {
     "gpu": "hardware",
     "max_grad_norm": "train.clip",
     "warmup": "train.warmup_steps",
+    "save_total_limit": "train.keep",
+    "save_steps": "train.save_every",
+    "eval_steps": "train.eval_every",
+    "time_limit": "train.max_time",
 }
 
 

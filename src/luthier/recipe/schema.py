@@ -13,6 +13,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from luthier.recipe.times import DURATION
+
 __all__ = [
     "BUNDLED_DATA",
     "BUNDLED_MODEL",
@@ -41,6 +43,9 @@ Auto: TypeAlias = Literal["auto"]
 Whole: TypeAlias = Annotated[int, Strict()]
 Number: TypeAlias = Annotated[float, Strict()]
 Text: TypeAlias = Annotated[str, Strict(), Field(min_length=1)]
+
+SKIP = r"^skip [1-9][0-9]{0,5}$"
+"""How many steps may be left out."""
 
 Projection: TypeAlias = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FormatName: TypeAlias = Literal[
@@ -160,7 +165,29 @@ class TrainRecipe(_Section):
         json_schema_extra={"unit": "steps"},
     )
     save_every: Annotated[Whole, Field(ge=1)] | Auto = Field(
-        "auto", description="Between checkpoints; the best and the last are kept.", json_schema_extra={"unit": "steps"}
+        "auto",
+        description="Between checkpoints; `keep` says how many stay.",
+        json_schema_extra={"unit": "steps"},
+    )
+    keep: Whole = Field(
+        3, ge=1, le=1000, description="How many of the newest checkpoints are kept; the best is kept besides."
+    )
+    max_time: Annotated[Number, Field(gt=0)] | Annotated[Text, Field(pattern=DURATION)] | None = Field(
+        None,
+        description="A sitting ends before it has lasted this long, with a checkpoint saved and exit code 75: for "
+        "queues that end a job by the clock. A number is seconds.",
+        json_schema_extra={"expects": "a number of seconds above 0, or a time such as 90m, 2h30m, 1d12h, or null"},
+    )
+    stop_file: Text | None = Field(
+        None,
+        description="As soon as a file of this name appears, the run stops as it does at Ctrl-C: for notices that a "
+        "machine is about to be taken away. A relative path is taken from the folder that the command is run in.",
+    )
+    on_nonfinite: Literal["stop"] | Annotated[Text, Field(pattern=SKIP)] = Field(
+        "stop",
+        description="A loss or gradient that is not finite: stop before anything is updated, or skip up to N such "
+        "steps in the whole run (nothing is updated; the step counts).",
+        json_schema_extra={"expects": "stop, or skip and a number from 1, such as skip 3"},
     )
 
 
