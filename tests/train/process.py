@@ -7,6 +7,7 @@ It ends with the exit code of the error, as the command line does.
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,9 @@ class Waits(Recorder):
 
     def on_step(self, event: StepEvent) -> None:
         if event.step == self.at:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":  # the one before is whole then, and what is told has happened
+                    thread.join()
             sys.stdout.write(f"at {event.step}\n")
             sys.stdout.flush()
             sys.stdin.readline()

@@ -35,4 +35,4 @@ def test_companions_appear_with_the_adapter_or_not_at_all(tiny_llama: Path, tmp_
     once(resume=True)
     assert seen == [(True, False, ["adapter_config.json", "adapter_model.safetensors"])] * 2
     adapter = {path.name for path in run.adapter.iterdir()}
-    assert adapter == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert adapter == {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "tokenizer.json"}

@@ -48,7 +48,7 @@ EVERY: list[Event] = [
     eval_event(0),
     step_event(1),
     WarningEvent(step=1, message="naïve — watch out"),
-    SaveEvent(step=1, checkpoint="last", seconds=0.01),
+    SaveEvent(step=1, checkpoint="step-000001", best=False, seconds=0.01),
     InterruptEvent(step=1, signal="SIGTERM"),
     EndEvent(
         step=3,

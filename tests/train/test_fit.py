@@ -55,7 +55,7 @@ def test_a_step_that_does_not_fit(tiny_llama: Path, tmp_path: Path, error: Excep
         train(decoder, make_rows(), SETTINGS, RunDirectory(tmp_path), base="a/model", listener=listener)
     assert caught.value.exit_code == 4
     assert caught.value.__cause__ is error
-    assert caught.value.message == "step 4: out of memory on cpu; the last checkpoint, of step 2, is whole"
+    assert caught.value.message == "step 4: out of memory on cpu; the last checkpoint, of step 3, is whole"  # the best
     assert caught.value.remedy == (
         "train.micro_batch: 1 or less (the result is the same), train.checkpointing: true, quantize: nf4 "
         "or a train.max_length below 128; it is then another run, with a directory of its own (--out)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from luthier.data.conversation import Source
-from luthier.errors import Interrupted, LuthierError, TrainingError, UsageError
+from luthier.errors import Interrupted, TrainingError, UsageError
 from luthier.evaluate.loss import held_out_loss
 from luthier.kernels.choose import kernels_for
 from luthier.model.adapter import load_adapter
@@ -23,10 +24,12 @@ from luthier.plan.settings import Settings
 from luthier.runs import RunDirectory
 from luthier.train.events import EvalEvent, SaveEvent, StepEvent, WarningEvent
 from luthier.train.loop import TrainResult, check_resumable, train
+from luthier.train.manifest import seal
 from tests import tiny
 from tests.train.world import (
     Recorder,
     Rows,
+    checkpoint,
     events_of,
     make_examples,
     make_rows,
@@ -103,7 +106,11 @@ def test_a_run_writes_what_it_did_and_says_the_same(tiny_llama: Path, tmp_path: 
         ("start", 0), ("proof", 0), ("eval", 0), ("step", 1), ("step", 2), ("step", 3), ("eval", 3), ("step", 4),
         ("step", 5), ("step", 6), ("eval", 6), ("step", 7), ("step", 8), ("eval", 8), ("end", 8),
     ]  # fmt: skip
-    assert [line["step"] for line in lines if line["event"] == "save" and line["checkpoint"] == "last"] == [2, 4, 6, 8]
+    saves = [line for line in lines if line["event"] == "save"]
+    best = {line["step"] for line in lines if line["event"] == "eval" and line["best"]}
+    assert [line["step"] for line in saves] == sorted({2, 4, 6, 8} | best)
+    assert [line["step"] for line in saves if line["best"]] == sorted(best)
+    assert all(line["checkpoint"] == f"step-{line['step']:06d}" for line in saves)
     assert [event.event for event in listener.events] == [line["event"] for line in lines]
     assert listener.closed == 1
     losses = {line["step"]: line["loss"] for line in lines if line["event"] == "eval"}
@@ -162,9 +169,8 @@ def test_the_best_step_is_kept_not_the_last(tiny_llama: Path, tmp_path: Path) ->
     assert result.best_step == min(losses, key=losses.__getitem__)
     assert result.best_step < 40, "a run that overfits"
     assert (result.adapter_from, result.adapter_step) == ("best", result.best_step)
-    best, last = (
-        tmp_path / "checkpoints" / name / "adapter" / "adapter_model.safetensors" for name in ("best", "last")
-    )
+    best, last = (checkpoint(tmp_path, name) / "adapter" / "adapter_model.safetensors" for name in ("BEST", "LATEST"))
+    assert checkpoint(tmp_path, "BEST").name == f"step-{result.best_step:06d}"
     assert adapter_bytes(tmp_path) == best.read_bytes() != last.read_bytes()
     end = events_of(tmp_path / "events.jsonl", "end")[0]
     assert (end["adapter_from"], end["adapter_step"], end["best_eval"]) == ("best", result.best_step, result.best_eval)
@@ -174,8 +180,8 @@ def test_with_nothing_held_out_the_last_step_is_the_adapter(tiny_llama: Path, tm
     result = run_it(tiny_llama, tmp_path, rows=make_rows(held_out=0))
     assert (result.first_eval, result.best_eval, result.best_step, result.last_eval) == (None, None, None, None)
     assert (result.adapter_from, result.adapter_step) == ("last", 8)
-    assert not (tmp_path / "checkpoints" / "best").exists()
-    last = tmp_path / "checkpoints" / "last" / "adapter" / "adapter_model.safetensors"
+    assert not (tmp_path / "checkpoints" / "BEST").exists()
+    last = checkpoint(tmp_path) / "adapter" / "adapter_model.safetensors"
     assert adapter_bytes(tmp_path) == last.read_bytes()
 
 
@@ -193,7 +199,7 @@ def assert_same_run(out: Path, result: TrainResult, whole: tuple[Path, TrainResu
     clockless = {"seconds": 0, "adapter": Path(), "measured": None}
     assert replace(result, **clockless) == replace(expected, **clockless)  # type: ignore[arg-type]
     for name in ("optimizer.safetensors", "rng.safetensors", "adapter/adapter_model.safetensors"):
-        ours, theirs = (folder / "checkpoints" / "last" / name for folder in (out, expected_out))
+        ours, theirs = (checkpoint(folder) / name for folder in (out, expected_out))
         assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -259,13 +265,16 @@ def test_a_run_may_be_interrupted_many_times(tiny_llama: Path, tmp_path: Path, w
 def test_a_kill_between_the_two_renames_loses_nothing(
     tiny_llama: Path, tmp_path: Path, whole: tuple[Path, TrainResult]
 ) -> None:
+    """The checkpoint has its name, and LATEST does not say so yet; an older one is half removed."""
     with pytest.raises(Interrupted):
         run_it(tiny_llama, tmp_path, listener=Signals(at=4))
     checkpoints = tmp_path / "checkpoints"
-    (checkpoints / "last").rename(checkpoints / ".last.4711.old")
+    (checkpoints / "LATEST").write_text("step-000002\n")
+    (checkpoints / "step-000002").rename(checkpoints / f".step-000002.{os.getpid()}.gone")
     listener = Recorder()
     assert_same_run(tmp_path, run_it(tiny_llama, tmp_path, listener=listener, resume=True), whole)
     assert listener.events[0].step == 4, "from the checkpoint, not from the start"
+    assert not [entry.name for entry in checkpoints.iterdir() if entry.name.startswith(".")]
 
 
 def test_resuming_a_run_that_has_ended_gives_its_result(
@@ -286,10 +295,14 @@ def test_resuming_where_nothing_was_saved_begins(
 def test_a_used_directory_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CrashError):
         run_it(tiny_llama, tmp_path, listener=Dies(at=1))
-    with pytest.raises(UsageError, match="did not come to its end") as unfinished:
-        run_it(tiny_llama, tmp_path)
+    with pytest.raises(Interrupted):
+        run_it(tiny_llama, tmp_path, listener=Signals(at=2))
+    with pytest.raises(UsageError, match="the run that was begun is not the one asked for now") as unfinished:
+        run_it(tiny_llama, tmp_path, replace(SETTINGS, keep=7))
     assert "--resume" in str(unfinished.value.remedy)
-    run_it(tiny_llama, tmp_path, resume=True)
+    listener = Recorder()
+    run_it(tiny_llama, tmp_path, listener=listener)
+    assert listener.events[0].step == 2, "the same run goes on without being told to"
     kept = adapter_bytes(tmp_path)
     with pytest.raises(UsageError, match="already holds a trained run") as finished:
         run_it(tiny_llama, tmp_path)
@@ -337,12 +350,15 @@ def test_another_run_is_not_resumed_and_the_differences_are_told(tiny_llama: Pat
 def test_a_damaged_checkpoint_is_refused(tiny_llama: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
     with pytest.raises(Interrupted):
         run_it(tiny_llama, tmp_path, listener=Signals(at=3))
-    harmed = tmp_path / "checkpoints" / "last" / name
-    harmed.unlink() if content is None else harmed.write_bytes(content)
+    for step in (2, 3):
+        harmed = tmp_path / "checkpoints" / f"step-00000{step}" / name
+        harmed.unlink() if content is None else harmed.write_bytes(content)
     before = tree(tmp_path)
-    with pytest.raises(LuthierError, match="checkpoints/last") as caught:
+    with pytest.raises(
+        TrainingError, match=f"step-000003 is not whole .{name}: .*\n.*step-000002 is not whole"
+    ) as caught:
         run_it(tiny_llama, tmp_path, resume=True)
-    assert caught.value.exit_code in (2, 5)
+    assert caught.value.exit_code == 5
     assert caught.value.remedy
     assert tree(tmp_path) == before
 
@@ -350,9 +366,10 @@ def test_a_damaged_checkpoint_is_refused(tiny_llama: Path, tmp_path: Path, name:
 def test_a_checkpoint_of_another_schema_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run_it(tiny_llama, tmp_path, listener=Signals(at=3))
-    state = tmp_path / "checkpoints" / "last" / "state.json"
-    document = json.loads(state.read_text())
-    state.write_text(json.dumps({**document, "schema": 99}))
+    folder = checkpoint(tmp_path)
+    document = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**document, "schema": 99}))
+    seal(folder, "checkpoint", 3)
     with pytest.raises(TrainingError, match="its schema is 99"):
         run_it(tiny_llama, tmp_path, resume=True)
 
@@ -394,7 +411,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(tiny_llama: Path, tmp_pat
     listener = Poisons(at=3, decoder=decoder)  # of step 3 there is an evaluation, and no checkpoint
     with pytest.raises(TrainingError, match="step 3: the held-out loss is not finite; the last checkpoint, of step 2"):
         train(decoder, rows, SETTINGS, RunDirectory(tmp_path), base="a/model", listener=listener)
-    assert not (tmp_path / "checkpoints" / "best").exists()
+    assert not (tmp_path / "checkpoints" / "BEST").exists()
 
 
 def test_rows_are_named_by_file_and_line(tiny_llama: Path, tmp_path: Path) -> None:
@@ -429,5 +446,5 @@ def test_saving_and_evaluating_only_at_the_ends(tiny_llama: Path, tmp_path: Path
     listener = Recorder()
     run_it(tiny_llama, tmp_path, replace(SETTINGS, eval_every=0, save_every=0), listener=listener)
     assert [event.step for event in listener.events if isinstance(event, EvalEvent)] == [0, 8]
-    saves = [(event.checkpoint, event.step) for event in listener.events if isinstance(event, SaveEvent)]
-    assert saves == [("best", 8), ("last", 8)]
+    saves = [(event.checkpoint, event.step, event.best) for event in listener.events if isinstance(event, SaveEvent)]
+    assert saves == [("step-000008", 8, True)]

@@ -30,7 +30,16 @@ from luthier.train.loop import Hooks, TrainResult, train
 from luthier.train.session import Session
 from tests import tiny
 from tests.train.test_loop import SETTINGS, assert_same_run, run_it
-from tests.train.world import Recorder, Rows, events_of, make_examples, make_rows, make_settings, tiny_decoder
+from tests.train.world import (
+    Recorder,
+    Rows,
+    checkpoint,
+    events_of,
+    make_examples,
+    make_rows,
+    make_settings,
+    tiny_decoder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -365,6 +374,6 @@ def test_a_process_that_really_runs_out_of_memory_goes_on_with_less(tmp_path: Pa
     assert [line["event"] for line in lines][-2:] == ["proof", "step"]
     assert str(lines[0]["message"]).startswith("out of memory with micro_batch 8 and 0 of 12 layers recomputed (2,048 ")
     assert lines[-2]["checkpointing"] != 0
-    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    state = json.loads((checkpoint(tmp_path / "run") / "state.json").read_text())
     for name in ("micro_batch", "checkpointing"):
         assert state["identity"]["settings"][name] == lines[-2][name]

@@ -13,7 +13,7 @@ import pytest
 
 from luthier.train.signals import StopSignals
 from tests.train.test_loop import assert_same_run, run_it
-from tests.train.world import events_of
+from tests.train.world import checkpoint, events_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEP = 3
@@ -70,7 +70,7 @@ def test_a_second_signal_stops_at_once_with_the_checkpoint_whole(tiny_llama: Pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)  # without the line that it waits for
     assert process.returncode == -signal.SIGINT, errors
-    assert events_of(out / "events.jsonl", "save")[-1]["step"] == 2
+    assert checkpoint(out).name == "step-000002"
     expected = run_it(tiny_llama, tmp_path / "whole")
     assert_same_run(out, run_it(tiny_llama, out, resume=True), (tmp_path / "whole", expected))
 

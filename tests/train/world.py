@@ -151,6 +151,11 @@ def events_of(path: Path, *kinds: str) -> list[dict[str, object]]:
     return [line for line in lines if not kinds or line["event"] in kinds]
 
 
+def checkpoint(out: Path, which: str = "LATEST") -> Path:
+    """The folder of the checkpoint that LATEST or BEST names, of the run in `out`."""
+    return out / "checkpoints" / (out / "checkpoints" / which).read_text(encoding="ascii").rstrip("\n")
+
+
 def without_clocks(lines: list[dict[str, object]]) -> list[dict[str, object]]:
     """The lines without what depends on when and how fast they were made."""
     clocks = (

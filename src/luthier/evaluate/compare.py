@@ -26,7 +26,7 @@ from luthier.runs import SCHEMA_VERSION
 __all__ = ["Comparison", "Progress", "Sample", "as_document", "compare"]
 
 Progress = Callable[[int, int], None]
-"""Called with answers done and answers in all."""
+"""Called with what is done and what there is in all: rows whose loss is measured, and answers, of both models."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,18 @@ def _question(example: Example, template: Template) -> str:
     return template.tokenizer.decode(example.ids[: example.answer_start].tolist(), skip_special=True).strip()
 
 
+def _more(done: Callable[[int], None]) -> Callable[[int], None]:
+    """Pass on to `done` by how many a count has grown since it was told last."""
+    before = 0
+
+    def told(count: int) -> None:
+        nonlocal before
+        more, before = count - before, count
+        done(more)
+
+    return told
+
+
 def compare(decoder: Decoder, dataset: Dataset, recipe: EvaluateRecipe, progress: Progress | None = None) -> Comparison:
     """Evaluate `decoder` without and with its LoRA, which is on afterwards.
 
@@ -107,11 +119,11 @@ def compare(decoder: Decoder, dataset: Dataset, recipe: EvaluateRecipe, progress
     # A prompt that leaves no room for an answer can be scored by its loss, but not answered.
     answerable = [row for row in rows if 0 < row.answer_start < decoder.config.max_positions]
     asked = answerable if tasks else answerable[: recipe.samples]
-    count, total = 0, 2 * len(asked)
+    count, total = 0, 2 * (len(rows) + len(asked))
 
-    def done() -> None:
+    def done(more: int = 1) -> None:
         nonlocal count
-        count += 1
+        count += more
         if progress is not None:
             progress(count, total)
 
@@ -119,7 +131,7 @@ def compare(decoder: Decoder, dataset: Dataset, recipe: EvaluateRecipe, progress
     answers: list[list[Answered]] = []
     for enabled in (False, True):
         with _lora(decoder, enabled):
-            losses.append(held_out_loss(decoder, rows))
+            losses.append(held_out_loss(decoder, rows, between=_more(done)))
             answers.append(_answers(decoder, dataset.template, asked, recipe.max_new_tokens, done))
     base, tuned = answers
     samples = tuple(

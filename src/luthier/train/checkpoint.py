@@ -1,49 +1,61 @@
-"""Checkpoints: everything a run needs to go on as if it had not stopped. safetensors and JSON, no pickle.
+"""One checkpoint: everything a run needs to go on as if it had not stopped. safetensors and JSON, no pickle.
 
-    checkpoints/last/, checkpoints/best/
+    step-000100/
         adapter/                 the adapter in PEFT's layout (fp32): loads in PEFT as it is
         optimizer.safetensors    the optimizer's tensors, `<parameter>/<moment>`
-        rng.safetensors          the states of torch's random generators: `cpu`, and `cuda` there
+        rng.safetensors          the states of torch's random generators: `cpu`, and that of the device
         state.json               step, figures so far, loss scale, and what the run is (settings, data, base)
+        manifest.json            size and SHA-256 of each of these (manifest.py)
 
-A checkpoint is written beside its place and renamed: at every moment the old one or the new one is there, whole. The
-learning rate and the position in the data follow from `step` alone, so they are not stored. A run is continued only
-by the run it is: `load_checkpoint` refuses, with the differences, when settings, data or base have changed.
+A snapshot is a copy of all that, taken between two steps; writing it can then take its time while training goes on.
+
+The learning rate and the position in the data follow from `step` alone, so they are not loaded: state.json says them
+for whoever reads it (`follows`). torch's generators are all that a run draws from: the order of the rows comes from
+generators made anew for every epoch (data/epochs.py), and nothing draws from Python's `random` or from numpy's global
+generator (a test holds both still).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import orjson
 import torch
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from luthier.data.conversation import Example, Source
-from luthier.errors import TrainingError, UsageError
-from luthier.model.adapter import load_adapter, save_adapter
-from luthier.plan.settings import Settings
-from luthier.runs import SCHEMA_VERSION, atomic_folder, read_json, write_json
+from luthier.errors import TrainingError
+from luthier.guard.header import check_safetensors
+from luthier.model.adapter import load_adapter, lora_spec, write_adapter
+from luthier.model.lora import LoRASpec
+from luthier.model.tensor_file import write_tensors
+from luthier.runs import write_json
+from luthier.train.identity import Identity, settings_digest
+from luthier.train.manifest import MANIFEST, SCHEMA, Manifest, faults, read, seal
 from luthier.train.optimizer import load_state, state_tensors
 from luthier.train.step import Trainee
 
 __all__ = [
-    "Identity",
+    "Follows",
+    "MadeWith",
     "Progress",
-    "TrainingRows",
-    "check_identity",
+    "Snapshot",
+    "State",
     "generator_states",
-    "identify",
     "load_checkpoint",
-    "read_progress",
+    "made_with",
+    "read_state",
     "restore_generators",
-    "save_checkpoint",
+    "take_snapshot",
+    "write_checkpoint",
 ]
+
+STATE, OPTIMIZER, GENERATORS = "state.json", "optimizer.safetensors", "rng.safetensors"
+_LONGEST_STATE = 2**26
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,8 @@ class Progress:
     """How far a run is: `step` updates applied, and what was measured on the way.
 
     `tokens` real tokens trained on; `seconds` of training and evaluation, over all sittings; `evaluated` the last step
-    with a held-out loss (None before the first); `best_*` the lowest held-out loss of the steps after 0.
+    with a held-out loss (None before the first); `best_*` the lowest held-out loss of the steps after 0; `history` all
+    of them, as (step, loss); `skipped` how many of the steps were left out for a loss that was not finite.
     """
 
     step: int = 0
@@ -62,123 +75,181 @@ class Progress:
     last_eval: float | None = None
     best_eval: float | None = None
     best_step: int | None = None
-
-
-class TrainingRows(Protocol):
-    """What training takes of a data.prepare.Dataset: its rows, and where each stands in the user's files."""
-
-    @property
-    def train(self) -> Sequence[Example]: ...
-    @property
-    def eval(self) -> Sequence[Example]: ...
-    @property
-    def places(self) -> Sequence[Source]: ...
-    @property
-    def digest(self) -> str: ...
+    history: tuple[tuple[int, float], ...] = ()
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What makes a run this run: every resolved setting, the base model's name, and a digest of the tokens it sees."""
+class Follows:
+    """What follows from `step` and the settings, for whoever reads state.json; it is not loaded.
 
-    base: str
-    data: str
-    settings: Mapping[str, JsonValue]
+    The next update takes `batch_size` units from `unit` of `epoch` on (both from 0; a unit is a row, with packing a
+    pack), at `learning_rate`.
+    """
+
+    epoch: int
+    unit: int
+    units_per_epoch: int
+    learning_rate: float
 
 
 @dataclass(frozen=True)
-class _State:
-    """`state.json`."""
+class MadeWith:
+    """What the last bits of a sum depend on. `card`: the GPU's name; "" where none computes."""
+
+    torch: str
+    threads: int
+    processor: str
+    card: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """`state.json`. `recipe_sha256` is of recipe.yaml as the sitting began (None: there was none), `plan_sha256` of the
+    settings in plan.json (identity.py's `settings_digest`)."""
 
     schema: int
     progress: Progress
+    follows: Follows
     identity: Identity
+    recipe_sha256: str | None
+    plan_sha256: str
+    made_with: MadeWith
     loss_scale: Mapping[str, float | int] | None
 
 
-_STATE = TypeAdapter(_State)
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state between two steps, copied to the host: training may go on and it stays as it is."""
+
+    state: State
+    spec: LoRASpec
+    masters: Mapping[str, torch.Tensor]
+    moments: Mapping[str, torch.Tensor]
+    generators: Mapping[str, torch.Tensor]
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.state.progress.step
 
 
-def identify(settings: Settings, dataset: TrainingRows, base: str) -> Identity:
-    """The identity of a run with these settings on this data, which its digest stands for."""
-    as_json: dict[str, JsonValue] = orjson.loads(orjson.dumps(asdict(settings)))
-    return Identity(base=base, data=dataset.digest, settings=as_json)
+_STATE = TypeAdapter(State)
 
 
-def save_checkpoint(folder: Path, trainee: Trainee, progress: Progress, identity: Identity) -> None:
-    """Write a whole checkpoint to `folder`, taking the place of an older one only when complete."""
-    with atomic_folder(folder) as beside:
-        save_adapter(trainee.decoder, beside / "adapter", base=identity.base)
-        save_file(state_tensors(trainee.optimizer, trainee.parameters), beside / "optimizer.safetensors")
-        save_file(generator_states(trainee.decoder.device), beside / "rng.safetensors")
-        scale = None if trainee.scaler is None else trainee.scaler.state_dict()
-        write_json(beside / "state.json", _State(SCHEMA_VERSION, progress, identity, scale))
+def made_with(device: torch.device) -> MadeWith:
+    """As it is now, in this process, where `device` computes."""
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return MadeWith(torch.__version__, torch.get_num_threads(), processor, card)
 
 
-def load_checkpoint(folder: Path, trainee: Trainee, identity: Identity) -> Progress:
-    """Put the state in `folder` into `trainee` and torch's generators; returns how far it was.
+def take_snapshot(
+    trainee: Trainee, progress: Progress, identity: Identity, follows: Follows, recipe_sha256: str | None
+) -> Snapshot:
+    """Copy the state of `trainee` and of torch's generators. To be called between two steps."""
 
-    Raises UsageError, listing the differences, when it is not of the run `identity` says, and TrainingError when it is
-    damaged.
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    decoder = trainee.decoder
+    state = State(
+        schema=SCHEMA,
+        progress=progress,
+        follows=follows,
+        identity=identity,
+        recipe_sha256=recipe_sha256,
+        plan_sha256=settings_digest(identity.settings),
+        made_with=made_with(decoder.device),
+        loss_scale=None if trainee.scaler is None else trainee.scaler.state_dict(),
+    )
+    # On a CPU these are the live tensors, and so are the paged optimizer's on a GPU: its memory is the host's too.
+    moments = state_tensors(trainee.optimizer, trainee.parameters)
+    return Snapshot(
+        state=state,
+        spec=lora_spec(decoder),
+        masters={name: copied(leaf) for name, leaf in trainee.parameters.items()},
+        moments={name: copied(moment) for name, moment in moments.items()},
+        generators=generator_states(decoder.device),
+    )
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+    """Write a whole checkpoint into `folder`, which is empty, each file flushed to disk, the manifest last."""
+    adapter = folder / "adapter"
+    adapter.mkdir(mode=0o700)
+    write_adapter(adapter, snapshot.spec, snapshot.masters, snapshot.state.identity.base)
+    write_tensors(folder / OPTIMIZER, snapshot.moments)
+    write_tensors(folder / GENERATORS, snapshot.generators)
+    write_json(folder / STATE, snapshot.state)
+    seal(folder, "checkpoint", snapshot.step)
+
+
+def load_checkpoint(folder: Path, trainee: Trainee) -> None:
+    """Put the state in `folder`, a checkpoint that was found whole, into `trainee` and torch's generators.
+
+    Raises:
+        FileError: a file of tensors is not one, whatever its manifest says.
+        ModelError: the adapter is not of this decoder.
+        TrainingError: anything else is not what this run's checkpoint has.
     """
-    check_identity(folder, identity)
-    state = _read_state(folder)
-    load_adapter(trainee.decoder, folder / "adapter")
+    state = read_state(folder)
+    for name in ("adapter/adapter_model.safetensors", OPTIMIZER, GENERATORS):
+        check_safetensors(folder / name)
     try:
-        moments = load_file(folder / "optimizer.safetensors")
-        generators = load_file(folder / "rng.safetensors")
+        moments, generators = load_file(folder / OPTIMIZER), load_file(folder / GENERATORS)
     except (SafetensorError, OSError) as error:
         raise _damaged(folder, str(error)) from error
+    if state.progress.step > 0 and not moments:
+        raise _damaged(folder, f"{OPTIMIZER} is empty")
+    load_adapter(trainee.decoder, folder / "adapter")
     load_state(trainee.optimizer, trainee.parameters, moments)
-    if trainee.scaler is not None and state.loss_scale is not None:
-        trainee.scaler.load_state_dict(dict(state.loss_scale))
-    restore_generators(trainee.decoder.device, generators)
-    return state.progress
-
-
-def check_identity(folder: Path, identity: Identity) -> None:
-    """Raise UsageError, listing the differences, when the checkpoint in `folder` is not of the run `identity` says."""
-    differences = _differences(_read_state(folder).identity, identity)
-    if differences:
-        listed = "\n".join(f"  {difference}" for difference in differences)
-        raise UsageError(
-            f"{folder}: the run that was begun is not the one asked for now:\n{listed}",
-            "give the run's own recipe.yaml and data (and no other --set), or train into another directory (--out)",
-        )
-
-
-def read_progress(folder: Path) -> Progress:
-    """How far the checkpoint in `folder` was. Raises TrainingError when it is damaged."""
-    return _read_state(folder).progress
-
-
-def _read_state(folder: Path) -> _State:
+    _load_scale(folder, trainee, state)
     try:
-        state = _STATE.validate_python(read_json(folder / "state.json"))
-    except (OSError, orjson.JSONDecodeError, ValidationError) as error:
-        raise _damaged(folder, str(error)) from error
-    if state.schema != SCHEMA_VERSION:
-        raise _damaged(folder, f"its schema is {state.schema}, and this version of luthier reads {SCHEMA_VERSION}")
+        restore_generators(trainee.decoder.device, generators)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise _damaged(folder, f"{GENERATORS} does not hold the states of this device's generators: {error}") from error
+
+
+def _load_scale(folder: Path, trainee: Trainee, state: State) -> None:
+    scaler, scale = trainee.scaler, state.loss_scale
+    if scaler is None and scale is None:
+        return
+    if scaler is None or scale is None or set(scale) != set(scaler.state_dict()):
+        raise _damaged(folder, f"the loss scale in {STATE} is not one of a run in this precision")
+    scaler.load_state_dict(dict(scale))
+
+
+def read_state(folder: Path) -> State:
+    """`state.json` of the checkpoint in `folder`, held against its manifest.
+
+    Raises TrainingError where it is damaged.
+    """
+    try:
+        manifest = read(folder)
+        if manifest.schema != SCHEMA:
+            raise _damaged(folder, f"its schema is {manifest.schema}, and this version of luthier reads {SCHEMA}")
+        own = {name: record for name, record in manifest.files.items() if name == STATE}
+        if not own or own[STATE].bytes > _LONGEST_STATE:
+            raise _damaged(folder, f"{MANIFEST} names no {STATE} of a usual size")
+        if found := faults(folder, Manifest(manifest.schema, manifest.kind, manifest.step, own)):
+            raise _damaged(folder, str(found[0]))
+        state = _STATE.validate_python(orjson.loads((folder / STATE).read_bytes()))
+    except (OSError, ValueError) as error:  # ValidationError and JSONDecodeError are ValueErrors
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise _damaged(folder, f"{STATE}: {what}" if isinstance(error, ValidationError) else str(what)) from error
+    if state.schema != SCHEMA:
+        raise _damaged(folder, f"its schema is {state.schema}, and this version of luthier reads {SCHEMA}")
+    if state.progress.step != manifest.step:
+        raise _damaged(folder, f"{STATE} is of step {state.progress.step}, {MANIFEST} of step {manifest.step}")
     return state
 
 
 def _damaged(folder: Path, what: str) -> TrainingError:
     return TrainingError(
-        f"{folder}: not a checkpoint that can be continued: {what}", "train again, into another directory (--out)"
+        f"{folder}: not a checkpoint that can be continued: {what}",
+        "remove that folder to go on from the checkpoint before it, or train again into another directory (--out)",
     )
-
-
-def _differences(then: Identity, now: Identity) -> list[str]:
-    found = [
-        f"{name}: {then.settings.get(name)} then, {now.settings.get(name)} now"
-        for name in sorted({*then.settings, *now.settings})
-        if then.settings.get(name) != now.settings.get(name)
-    ]
-    if then.base != now.base:
-        found.append(f"model: {then.base} then, {now.base} now")
-    if then.data != now.data:
-        found.append("data: the tokens or labels of the rows are not those the run was begun with")
-    return found
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -192,9 +263,11 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_generators(device: torch.device, states: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `generator_states` gave."""
-    torch.set_rng_state(states["cpu"])
+    """Put back what `generator_states` gave. Raises KeyError, RuntimeError or TypeError where it is not that."""
+    restore: dict[str, Callable[[torch.Tensor], None]] = {"cpu": torch.set_rng_state}
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+        restore["cuda"] = lambda state: torch.cuda.set_rng_state(state, device)
     if device.type == "mps":
-        torch.mps.set_rng_state(states["mps"])
+        restore["mps"] = torch.mps.set_rng_state
+    for name, put_back in restore.items():
+        put_back(states[name])

@@ -2,7 +2,7 @@
 
 `make_display` chooses by what stderr is. The live panel redraws at most `REDRAWS_PER_SECOND` times a second, whatever
 the speed of the steps; the plain one writes a line every `PLAIN_SECONDS` seconds and no control characters, for log
-files and CI.
+files and CI. Where stderr can no longer be written to they go on saying nothing (unbroken.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from luthier.train.events import (
     StepEvent,
     WarningEvent,
 )
+from luthier.train.unbroken import unbroken
 
 __all__ = ["PlainDisplay", "RichDisplay", "Smoothed", "duration", "make_display", "sparkline"]
 
@@ -42,7 +43,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 def make_display(stream: TextIO | None = None) -> Listener:
     """The live panel when `stream` (stderr if None) is a terminal that can move its cursor, else plain lines."""
-    stream = sys.stderr if stream is None else stream
+    stream = unbroken(sys.stderr if stream is None else stream)
     console = Console(file=stream)
     live = console.is_terminal and not console.is_dumb_terminal
     return RichDisplay(console) if live else PlainDisplay(stream)
@@ -145,6 +146,9 @@ class _Progress:
         held_out = ""
         if event.first_eval is not None and event.best_eval is not None:
             held_out = f", held-out loss {event.first_eval:.4f} -> {event.best_eval:.4f}"
+        if self.start is not None and self.start.step == event.step:
+            done = f"all {event.step} steps were done before, nothing was left to train"
+            return f"{done}{held_out}; the adapter is of step {event.adapter_step} ({event.adapter_from})"
         return (
             f"trained {event.step} steps, {event.tokens:,} tokens in {duration(event.seconds)}{held_out}; "
             f"the adapter is of step {event.adapter_step} ({event.adapter_from})"
@@ -155,7 +159,7 @@ class PlainDisplay:
     """A line every `PLAIN_SECONDS` seconds, and one for each evaluation, warning and the end."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._progress, self._said = stream, _Progress(clock), clock()
+        self._stream, self._progress, self._said = unbroken(stream), _Progress(clock), clock()
 
     def _say(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -203,7 +207,7 @@ class PlainDisplay:
         self._say(f"warning at step {event.step}: {event.message}")
 
     def on_interrupt(self, event: InterruptEvent) -> None:
-        self._say(f"{event.signal}: stopped after step {event.step}, checkpoint saved")
+        self._say(f"{event.reason or event.signal}: stopped after step {event.step}, checkpoint saved")
 
     def on_end(self, event: EndEvent) -> None:
         self._say(self._progress.ending(event))
@@ -285,7 +289,9 @@ class RichDisplay:
 
     def on_interrupt(self, event: InterruptEvent) -> None:
         self.close()
-        self._console.print(Text(f"{event.signal}: stopped after step {event.step}, checkpoint saved", style="yellow"))
+        self._console.print(
+            Text(f"{event.reason or event.signal}: stopped after step {event.step}, checkpoint saved", style="yellow")
+        )
 
     def on_end(self, event: EndEvent) -> None:
         self.close()

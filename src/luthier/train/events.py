@@ -9,18 +9,20 @@ of the step's documents (prompts and answers; there is no padding); memory in Gi
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import orjson
 
-from luthier.errors import TrainingError
+from luthier.errors import TrainingError, is_disk_full
+from luthier.guard.secrets import printable
 from luthier.plan.proof import Proof
-from luthier.runs import write_text
+from luthier.runs import file_mode, write_text
 
 __all__ = [
     "EndEvent",
@@ -38,6 +40,11 @@ __all__ = [
     "forget_after",
     "tell",
 ]
+
+
+def _clean(event: object, name: str) -> None:
+    """Take secrets and control characters out of a text of a new event: it goes to the log, the terminal, a tracker."""
+    object.__setattr__(event, name, printable(getattr(event, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,38 +159,61 @@ class EvalEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveEvent:
-    """A checkpoint is complete on disk: `checkpoint` is its folder's name."""
+    """A checkpoint is complete on disk, `seconds` after its snapshot was taken: `checkpoint` is its folder's name.
+
+    `step` is the checkpoint's, which may lie before that of the event ahead of it. `best`: its held-out loss is the
+    lowest so far.
+    """
 
     event: Literal["save"] = "save"
     step: int
     time: float = field(default_factory=time.time)
-    checkpoint: Literal["last", "best"]
+    checkpoint: str
+    best: bool
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarningEvent:
-    """Something a user should know that does not stop the run."""
+    """Something a user should know that does not stop the run.
+
+    `kind`: "skip" for a step whose loss or gradient was not finite and that was left out (`train.on_nonfinite`),
+    "spike" for a loss far above those before (spikes.py), "disk" for a disk without room, else "". `rows`: of "skip"
+    and "spike", the rows of the batch, by their number in the data; the message names file and line.
+    """
 
     event: Literal["warning"] = "warning"
     step: int
     time: float = field(default_factory=time.time)
     message: str
+    kind: Literal["", "skip", "spike", "disk"] = ""
+    rows: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _clean(self, "message")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterruptEvent:
-    """A signal stopped the run after `step` updates; the checkpoint `last` is of that step."""
+    """The run was stopped after `step` updates; the newest checkpoint is of that step.
+
+    `reason` says why: the signal, `the stop file F`, `train.max_time of T`. `signal`: its name, "" where it was none.
+    """
 
     event: Literal["interrupt"] = "interrupt"
     step: int
     time: float = field(default_factory=time.time)
     signal: str
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        _clean(self, "reason")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndEvent:
-    """All steps are done. `adapter_from` and `adapter_step` say which checkpoint became the run's adapter."""
+    """All steps are done. `adapter_from` and `adapter_step` say which checkpoint became the run's adapter: the best, or
+    where nothing was held out the last."""
 
     event: Literal["end"] = "end"
     step: int
@@ -237,26 +267,56 @@ def tell(listener: Listener, event: Event) -> None:
 
 
 class EventLog:
-    """Appends events to `events.jsonl`, each line flushed to the system as it is written, so that it can be followed.
+    """Appends events to `events.jsonl`, each line with the system as it is written, so that it can be followed.
 
-    A number that JSON does not have (an infinite perplexity) is written as null.
+    A number that JSON does not have (an infinite perplexity) is written as null. Lines that find no room on the disk
+    are kept and written, in order, as soon as there is some: half a line never stands in the file.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: int) -> None:
+        self._file, self._waiting = file, bytearray()
 
     @classmethod
     @contextmanager
     def opened(cls, path: Path) -> Iterator[EventLog]:
         """A log that appends to `path`, closed when the block ends."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        file = os.open(path, flags, file_mode(path.parent))
+        try:
             yield cls(file)
+        finally:
+            os.close(file)
 
-    def write(self, event: Event) -> None:
-        """Append one line."""
-        self._file.write(orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE))
-        self._file.flush()
+    def write(self, event: Event) -> bool:
+        """Append one line; False where it has to wait, because the disk has no room."""
+        self._waiting += orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
+        try:
+            self._append()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            return False
+        return True
+
+    def settle(self) -> None:
+        """Write what waits and flush the file to the disk, so that no checkpoint is ahead of its log.
+
+        Raises OSError where there is no room still.
+        """
+        self._append()
+        os.fsync(self._file)
+
+    def _append(self) -> None:
+        """Write what waits, all of it or nothing."""
+        whole, done = os.fstat(self._file).st_size, 0
+        try:
+            while done < len(self._waiting):
+                done += os.write(self._file, self._waiting[done:])
+        except OSError:
+            os.ftruncate(self._file, whole)
+            raise
+        self._waiting.clear()
 
 
 def forget_after(path: Path, step: int, evaluated: int | None) -> None:
@@ -278,6 +338,18 @@ def forget_after(path: Path, step: int, evaluated: int | None) -> None:
     write_text(path, "".join(kept))
 
 
+_FIGURE = (int, float)
+_READ_AGAIN: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "step": {"tokens": int, "loss": _FIGURE, "seconds": _FIGURE},
+    "proof": {
+        **dict.fromkeys(("tokens", "longest", "documents", "micro_batch", "checkpointing"), int),
+        **dict.fromkeys(("measured_gib", "reserved_gib", "measured_seconds"), _FIGURE),
+        **dict.fromkeys(("predicted_gib", "predicted_seconds"), (int, float, type(None))),
+    },
+}
+"""What spikes.py and measured.py take from the log of a run that goes on."""
+
+
 def _kind_and_step(line: bytes, path: Path, number: int) -> tuple[str, int]:
     remedy = "move the run directory away and train again, or remove the line"
     try:
@@ -287,4 +359,10 @@ def _kind_and_step(line: bytes, path: Path, number: int) -> tuple[str, int]:
     if not isinstance(found, dict) or not isinstance(found.get("event"), str) or not isinstance(found.get("step"), int):
         raise TrainingError(f"{path}:{number}: not an event: it has no `event` and `step`", remedy)
     event = cast("dict[str, object]", found)
-    return str(event["event"]), cast(int, event["step"])
+    kind = str(event["event"])
+    for name, needed in _READ_AGAIN.get(kind, {}).items():
+        if name not in event or not isinstance(event[name], needed):
+            raise TrainingError(f"{path}:{number}: not an event of kind {kind}: its `{name}` is no number", remedy)
+    if kind == "step" and cast(float, event["seconds"]) <= 0:
+        raise TrainingError(f"{path}:{number}: not an event of kind {kind}: its `seconds` are none", remedy)
+    return kind, cast(int, event["step"])

@@ -2,8 +2,8 @@
 
     rows (data) + settings (plan)  ->  prove, [ evaluate? save? step ]*  ->  run/adapter, events.jsonl, checkpoints
 
-Between two steps the state is whole: there the loop looks whether a signal came, saves, and can be gone on from, bit
-for bit the same run on a CPU (`--resume`). What each of these does is in session.py; the step itself in step.py.
+Between two steps the state is whole: there the loop looks whether it is to stop (limits.py), saves, and can be gone on
+from, bit for bit the same run on a CPU (`--resume`). What each of these does is in session.py; the step in step.py.
 
 Before the first step the largest micro-batch is tried (proof.py), unless the plan says that memory is ample; what is
 out of memory is cut smaller there.
@@ -21,17 +21,24 @@ from typing import Literal
 
 import torch
 
-from luthier.errors import Interrupted, UsageError
+from luthier.errors import Interrupted
 from luthier.kernels import only_math
+from luthier.lock import hold
 from luthier.model.decoder import Decoder
 from luthier.plan.proof import Measured
 from luthier.plan.settings import Settings
-from luthier.runs import RunDirectory, recover_folder
-from luthier.train.checkpoint import Progress, TrainingRows, check_identity, identify, load_checkpoint
+from luthier.runs import RunDirectory
 from luthier.train.events import EndEvent, EventLog, Listener, forget_after
-from luthier.train.measured import measured
-from luthier.train.session import Hooks, Session, make_batches, make_trainee
+from luthier.train.hooks import Hooks
+from luthier.train.identity import TrainingRows, identify
+from luthier.train.keeper import Keeper
+from luthier.train.limits import Stops
+from luthier.train.making import make_trainee
+from luthier.train.measured import last_step_seconds, measured
+from luthier.train.resume import check_directory, check_resumable, resume_from
+from luthier.train.session import Session
 from luthier.train.signals import StopSignals
+from luthier.train.step import Trainee
 
 __all__ = ["Hooks", "TrainResult", "check_directory", "check_resumable", "train"]
 
@@ -71,51 +78,79 @@ def train(
 ) -> TrainResult:
     """Train a LoRA on `decoder`, which has none yet, and write it to `run.adapter`; the decoder then holds it.
 
-    `base` is the model's name as the adapter's file is to state it. With `resume` the run in the directory goes on
-    from its last checkpoint, or from the start where it had not come to one. `hooks`: what the caller does on the way.
+    `base` is the model's name as the adapter's file is to state it. An unfinished run in the directory goes on from its
+    newest whole checkpoint, or from the start where it had not come to one: without `resume` if it is the very same
+    run, with it also where settings are changed that may be (resume.py). `hooks`: what the caller does on the way.
 
-    Raises UsageError (a run is there already, or the one there is another), TrainingError (a loss or gradient that is
-    not finite; a damaged checkpoint), FitError (out of memory), Interrupted (a signal; a checkpoint is saved).
+    Raises UsageError (a finished run is there already, or the one there is another, or another process works there),
+    TrainingError (a loss or gradient that is not finite; no checkpoint is whole, or the last could not be written),
+    FitError (out of memory), Interrupted (a signal, the stop file, the clock; a checkpoint is saved).
     """
-    check_directory(run, resume=resume)
-    last = run.checkpoints / "last"
-    begun = recover_folder(last)
-    torch.manual_seed(settings.seed)  # the generator of dropout
-    trainee, identity = make_trainee(decoder, settings), identify(settings, dataset, base)
-    progress = load_checkpoint(last, trainee, identity) if begun else Progress()
-    forget_after(run.events, progress.step, progress.evaluated)
-    with ExitStack() as stack:
-        stack.enter_context(only_math(settings.attention))
-        stack.enter_context(closing(listener))
-        stack.enter_context(_without_the_old())
-        log, signals = stack.enter_context(EventLog.opened(run.events)), stack.enter_context(StopSignals())
-        session = Session(trainee, dataset, settings, run, identity, progress, log, listener, signals, hooks or Hooks())
-        end = _go(session)
-    if signals.received is not None:  # it came while the last files were written
-        raise Interrupted(
-            f"{signals.received.name}: stopped when training had just ended; the adapter is in {run.adapter}",
-            "run the same command again with --resume to go on from there",
-        )
-    return _result(end, session)
+    hooks = hooks or Hooks()
+    with hold(run.path, "training"):
+        check_directory(run, resume=resume)
+        torch.manual_seed(settings.seed)  # the generator of dropout
+        trainee, identity = make_trainee(decoder, settings), identify(settings, dataset, base, hooks.weights)
+        start = resume_from(run, trainee, identity, resume=resume)
+        progress, keeper = start.progress, Keeper(start.checkpoints, settings.keep, start.saved)
+        keeper.mend(progress.best_step)
+        forget_after(run.events, progress.step, progress.evaluated)
+        with ExitStack() as stack:
+            stack.enter_context(only_math(settings.attention))
+            stack.push(keeper.leave)
+            stack.enter_context(closing(listener))
+            stack.enter_context(_without_the_old())
+            log, signals = stack.enter_context(EventLog.opened(run.events)), stack.enter_context(StopSignals())
+            stops = _stops(signals, settings, run, trainee, hooks, keeper)
+            session = Session(
+                trainee=trainee,
+                dataset=dataset,
+                settings=settings,
+                run=run,
+                identity=identity,
+                progress=progress,
+                log=log,
+                listener=listener,
+                stops=stops,
+                hooks=hooks,
+                keeper=keeper,
+                notes=start.notes,
+            )
+            end = _go(session)
+        if stops.asked is not None:  # it came while the last files were written
+            raise Interrupted(
+                f"{stops.asked}: stopped when training had just ended; the adapter is in {run.adapter}",
+                "run the same command again with --resume to go on from there",
+            )
+        return _result(end, session)
 
 
 def _go(session: Session) -> EndEvent:
-    """The loop. A signal is looked for wherever the state is whole: it waits for a step, or for a few held-out rows."""
-    signals = session.signals
+    """The loop. Whether to stop is asked where the state is whole: it waits for a step, or for a few held-out rows."""
     session.start()
     if session.progress.step == 0 and session.hooks.prove:
         session.prove()
-    settings, batches = session.settings, make_batches(session.dataset, session.settings)
     while True:
-        if session.evaluation_is_due() and signals.received is None:
+        session.settle()
+        if session.evaluation_is_due() and session.why_stop() is None:
             session.evaluate()
-        if signals.received is not None:
-            session.interrupt(signals.received)
+        if (reason := session.why_stop()) is not None:
+            session.interrupt(reason)
         if session.save_is_due():
-            session.save("last")
-        if session.progress.step == settings.steps:
+            session.save()
+        if session.progress.step == session.settings.steps:
             return session.finish()
-        session.step(batches)
+        session.step(session.batches)
+
+
+def _stops(
+    signals: StopSignals, settings: Settings, run: RunDirectory, trainee: Trainee, hooks: Hooks, keeper: Keeper
+) -> Stops:
+    trained = sum(leaf.numel() for leaf in trainee.parameters.values())
+    stops = Stops(signals, settings, trained, hooks.began)
+    stops.first_step = last_step_seconds(run.events) or hooks.step_seconds or 0.0
+    stops.is_writing = lambda: keeper.is_writing
+    return stops
 
 
 @contextmanager
@@ -128,32 +163,6 @@ def _without_the_old() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def check_directory(run: RunDirectory, *, resume: bool) -> None:
-    """Raise UsageError where `run` holds a run already and it is not to be gone on with. `train` does this itself; a
-    caller that writes into the directory before it asks first."""
-    if resume:
-        return
-    if run.adapter.exists():
-        raise UsageError(
-            f"{run.path} already holds a trained run", "train into another directory (--out), or remove this one"
-        )
-    if run.events.exists() or run.checkpoints.exists():
-        raise UsageError(
-            f"{run.path} already holds a run that did not come to its end",
-            "go on with it by --resume, train into another directory (--out), or remove this one",
-        )
-
-
-def check_resumable(run: RunDirectory, dataset: TrainingRows, settings: Settings, base: str) -> None:
-    """Raise UsageError, with the differences, where the checkpoint in `run` is of another run than this would be.
-
-    `train` refuses it too; a caller that writes the recipe and the plan into the directory asks before it does.
-    """
-    last = run.checkpoints / "last"
-    if recover_folder(last):
-        check_identity(last, identify(settings, dataset, base))
 
 
 def _result(end: EndEvent, session: Session) -> TrainResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 
 from luthier.plan.proof import Load, Measured, Proof
 
-__all__ = ["measured"]
+__all__ = ["last_step_seconds", "measured"]
 
 
 class _Step(BaseModel):
@@ -29,6 +30,15 @@ class _Proof(BaseModel):
     measured_seconds: float
     predicted_gib: float | None
     predicted_seconds: float | None
+
+
+def last_step_seconds(events: Path) -> float | None:
+    """How long the newest step of all sittings in `events` took; None where there is none."""
+    newest = None
+    if events.exists():
+        with events.open("rb") as file:
+            newest = next(iter(deque((line for line in file if line.startswith(b'{"event":"step"')), maxlen=1)), None)
+    return None if newest is None else _Step.model_validate_json(newest).seconds
 
 
 def measured(events: Path, peaks: Mapping[str, float]) -> Measured:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from luthier.plan.settings import Settings
 from luthier.plan.support import QUANTIZE_DEVICES
-from luthier.train.checkpoint import TrainingRows
+from luthier.train.identity import TrainingRows
 
 __all__ = ["places", "smaller"]
 

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, NoReturn
+from functools import cached_property
+from typing import NoReturn
 
 from luthier.data.batches import Batches
 from luthier.errors import FitError, Interrupted, TrainingError
 from luthier.evaluate.loss import held_out_loss
 from luthier.kernels.choose import kernels_for
-from luthier.model.adapter import load_adapter
-from luthier.model.decoder import Decoder
-from luthier.model.load import return_freed
-from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from luthier.plan.proof import Adopted, Load
 from luthier.plan.settings import Settings
-from luthier.runs import RunDirectory, atomic_folder, recover_folder
-from luthier.train.checkpoint import Identity, Progress, TrainingRows, identify, read_progress, save_checkpoint
+from luthier.runs import RunDirectory
+from luthier.train.checkpoint import Follows, Progress, take_snapshot
 from luthier.train.events import (
     EndEvent,
     EvalEvent,
@@ -33,68 +27,32 @@ from luthier.train.events import (
     Listener,
     ProgressEvent,
     ProofEvent,
-    SaveEvent,
     StartEvent,
     StepEvent,
     WarningEvent,
     tell,
 )
+from luthier.train.faults import fault, left_out, spike
+from luthier.train.finish import choose_adapter, put_adapter
+from luthier.train.hooks import Hooks
+from luthier.train.identity import Identity, TrainingRows, identify
+from luthier.train.keeper import Keeper
+from luthier.train.limits import Stops
+from luthier.train.making import make_batches, make_trainee
+from luthier.train.manifest import digest
 from luthier.train.memory import memory_now, memory_peak, out_of_memory, reset_peaks
-from luthier.train.optimizer import make_optimizer
-from luthier.train.proof import Forecast, Trial, step_down
-from luthier.train.remedies import places, smaller
+from luthier.train.proof import Trial, step_down
+from luthier.train.remedies import smaller
+from luthier.train.saving import Saving
 from luthier.train.schedule import learning_rate
-from luthier.train.signals import StopSignals
-from luthier.train.step import NOT_FINITE, StepError, StepResult, Trainee, make_scaler, take_step
+from luthier.train.spikes import Spikes
+from luthier.train.step import NOT_FINITE, NotFiniteError, StepError, StepResult, Trainee, take_step
 
-__all__ = ["Hooks", "Session", "make_batches", "make_trainee"]
-
-
-def make_trainee(decoder: Decoder, settings: Settings) -> Trainee:
-    """Add the LoRA that `settings` ask for, seeded, and make its optimizer and loss scaler; the decoder then computes
-    as they say."""
-    spec = LoRASpec(settings.rank, settings.alpha, settings.dropout, settings.targets, settings.scale)
-    add_lora(decoder, spec, settings.seed)
-    decoder.checkpointing = settings.checkpointing
-    decoder.use(kernels_for(decoder.device, decoder.dtype, settings.attention).kernels)
-    decoder.train()
-    parameters = lora_parameters(decoder)
-    optimizer = make_optimizer(
-        settings.optimizer, parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    return Trainee(decoder, parameters, optimizer, make_scaler(settings.device, settings.precision))
-
-
-def make_batches(dataset: TrainingRows, settings: Settings) -> Batches:
-    """The micro-batches of every step."""
-    return Batches(
-        dataset.train,
-        settings.batch_size,
-        settings.micro_batch,
-        settings.seed,
-        capacity=settings.max_length if settings.packing else None,
-        longest_first=settings.longest_first,
-    )
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the caller has to do with a run.
-
-    companions: is given the adapter's folder before that is put in place, to write what belongs beside the adapter (a
-    tokenizer): all of it appears at once. forecast: what is predicted of a micro-batch, for the proof to be held
-    against. adopt: is told, before the first step, which settings the run goes on with where the planned ones were out
-    of memory. prove: whether the largest micro-batch is tried before the first step (plan/proof.py: `is_proved`).
-    """
-
-    companions: Callable[[Path], None] | None = None
-    forecast: Forecast | None = None
-    adopt: Callable[[Adopted], None] | None = None
-    prove: bool = True
+__all__ = ["Session", "make_batches", "make_trainee"]
 
 
 class _GivenUpError(Exception):
-    """A signal came while held-out rows were measured."""
+    """The sitting is to end now, not when all held-out rows are measured."""
 
 
 @dataclass
@@ -109,23 +67,40 @@ class Session:
     progress: Progress
     log: EventLog
     listener: Listener
-    signals: StopSignals
+    stops: Stops
     hooks: Hooks
+    keeper: Keeper
+    notes: tuple[str, ...] = ()  # what the user is to be told as the sitting begins
     peaks: dict[str, float] = field(default_factory=dict)  # GiB, by phase
-    _saved: int | None = field(init=False)  # the step of the checkpoint `last` on disk
+    recipe_sha256: str | None = field(init=False)
+    _spikes: Spikes = field(init=False)
+    _began: int = field(init=False)  # the step at which this sitting began
+    _waits: bool = field(init=False, default=False)  # whether events wait for room on the disk
+    saving: Saving = field(init=False)
 
     def __post_init__(self) -> None:
-        self._saved = self.progress.step if self.progress.step > 0 else None
+        self.saving = Saving(self.keeper, self.tell, self.log.settle)
+        self.recipe_sha256 = digest(self.run.recipe) if self.run.recipe.is_file() else None
+        self._spikes, self._began = Spikes.read(self.run.events), self.progress.step
         self._note_peak("load")
 
     def _note_peak(self, phase: str) -> None:
         peak = memory_peak(self.trainee.decoder.device).allocated
         self.peaks[phase] = max(peak, self.peaks.get(phase, 0.0))
 
+    @cached_property
+    def batches(self) -> Batches:
+        """The micro-batches of every step. Made anew where the proof has cut them smaller."""
+        return make_batches(self.dataset, self.settings)
+
     def tell(self, event: Event) -> None:
         """Write the event down, then tell the listener."""
-        self.log.write(event)
+        waited, self._waits = self._waits, not self.log.write(event)
+        self.stops.learn(event)
         tell(self.listener, event)
+        if self._waits and not waited:
+            message = f"no room on the disk of {self.run.path}: events wait in memory until there is some"
+            tell(self.listener, WarningEvent(step=event.step, message=message, kind="disk"))
 
     def start(self) -> None:
         """Say what is about to be trained."""
@@ -141,6 +116,11 @@ class Session:
         decoder = self.trainee.decoder
         if notice := kernels_for(decoder.device, decoder.dtype, self.settings.attention).notice:
             self.tell(WarningEvent(step=self.progress.step, message=notice))
+        self._tell_notes(self.notes)
+
+    def _tell_notes(self, notes: tuple[str, ...]) -> None:
+        for note in notes:
+            self.tell(WarningEvent(step=self.progress.step, message=note))
 
     def prove(self) -> None:
         """Take the largest micro-batch forward and backward, with less at once where it is out of memory.
@@ -151,7 +131,7 @@ class Session:
         trial = Trial(lambda settings: make_batches(self.dataset, settings).heaviest(), self._proving, self._step_down)
         with self._within_memory("the largest micro-batch, before the first step", trains=True):
             self.settings, proof = step_down(self.trainee, planned, trial, self.hooks.forecast)
-        if proof is None:  # given up for a signal: nothing is proved, so nothing is changed
+        if proof is None:  # given up, for the sitting is to end: nothing is proved, so nothing is changed
             self.settings = planned
             self.trainee.decoder.checkpointing = planned.checkpointing
             return
@@ -161,9 +141,9 @@ class Session:
         self.tell(ProofEvent.of(proof, self.progress.step))
 
     def _proving(self, load: Load, done: int, total: int) -> bool:
-        """Show that it goes on; False where a signal has come."""
+        """Show that it goes on; False where the sitting is to end."""
         self.listener.on_progress(ProgressEvent("proof", self.progress.step, done, total, load.tokens))
-        return self.signals.received is None
+        return self.stops.reason is None
 
     def _step_down(self, failed: Settings, load: Load, following: Settings) -> None:
         self.settings = following
@@ -185,32 +165,37 @@ class Session:
 
     def _adopt(self, planned: Settings, load: Load) -> None:
         """Make the settings that fit the run's, on disk too, before anything is trained with them."""
-        self.identity = identify(self.settings, self.dataset, self.identity.base)
+        self.__dict__.pop("batches", None)
+        self.identity = identify(self.settings, self.dataset, self.identity.base, self.identity.weights)
         reason = (
             f"Out of memory in the proof with {self._ways(planned)}; "
             f"{self._ways(self.settings)} fits and has {self._same(planned, self.settings)}."
         )
         if self.hooks.adopt is not None:
             self.hooks.adopt(Adopted(self.settings, load, reason))
-        if (self.run.checkpoints / "last").is_dir():  # of step 0, with the settings that do not fit
-            self.save("last")
+        if self.keeper.has(0):  # with the settings that do not fit
+            self.save()
+            self.settle(must="the settings that fit could not be kept")
 
     def step(self, batches: Batches) -> None:
         """One optimizer step, with the micro-batches and the learning rate of its number.
 
-        Raises TrainingError, naming step, rows and last checkpoint, before anything is updated; FitError, naming step
-        and last checkpoint, where memory does not suffice.
+        One whose loss or gradient is not finite is left out where `on_nonfinite` allows one more: it counts, and
+        changes nothing. Raises TrainingError, naming step, rows and last checkpoint, before anything is updated;
+        FitError, naming step and last checkpoint, where memory does not suffice.
         """
         done, device = self.progress.step, self.trainee.decoder.device
         rate = self._set_learning_rate(done)
         reset_peaks(device)
-        began = time.perf_counter()
+        began, micro_batches = time.perf_counter(), batches.step(done)
         try:
             with self._within_memory(f"step {done + 1}", trains=True):
-                result = take_step(self.trainee, batches.step(done), self.settings.clip)
+                result = take_step(self.trainee, micro_batches, self.settings.clip)
         except StepError as error:
-            where = places(self.dataset, error.rows)
-            raise TrainingError(f"step {done + 1}: {error.what}{self._last_good()}; {where}", error.remedy) from error
+            if isinstance(error, NotFiniteError) and self.progress.skipped < self.settings.on_nonfinite:
+                self._leave_out(error, time.perf_counter() - began)
+                return
+            raise fault(done + 1, error, self.progress.skipped, self.saving.last_good(), self.dataset) from error
         seconds = time.perf_counter() - began
         self._note_peak("train")
         self.progress = replace(
@@ -223,19 +208,33 @@ class Session:
             times = f"{result.halvings} times" if result.halvings > 1 else "once"
             self.tell(WarningEvent(step=done + 1, message=f"fp16 overflow: loss scale halved {times}, step redone"))
         self._tell_step(result, rate, batches.epoch(done + 1), seconds)
+        if (bound := self._spikes.add(result.loss)) is not None:
+            rows = tuple(row for batch in micro_batches for row in batch.rows)
+            self.tell(spike(done + 1, result.loss, bound, rows, self.dataset))
+
+    def _leave_out(self, error: NotFiniteError, seconds: float) -> None:
+        """Count the step, without an update."""
+        self.trainee.optimizer.zero_grad(set_to_none=True)
+        before = self.progress
+        step, skipped = before.step + 1, before.skipped + 1
+        self.progress = replace(before, step=step, seconds=before.seconds + seconds, skipped=skipped)
+        self.tell(left_out(step, error, skipped, self.settings.on_nonfinite, self.dataset))
 
     def _set_learning_rate(self, done: int) -> float:
+        rate = self._learning_rate(done)
+        for group in self.trainee.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _learning_rate(self, done: int) -> float:
         settings = self.settings
-        rate = learning_rate(
+        return learning_rate(
             settings.schedule,
             done=done,
             peak=settings.learning_rate,
             warmup_steps=settings.warmup_steps,
             steps=settings.steps,
         )
-        for group in self.trainee.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     def _tell_step(self, result: StepResult, rate: float, epoch: float, seconds: float) -> None:
         memory = memory_now(self.trainee.decoder.device)
@@ -262,9 +261,9 @@ class Session:
         return now and bool(self.dataset.eval) and self.progress.evaluated != step
 
     def evaluate(self) -> None:
-        """Measure the held-out loss; the lowest after step 0 is kept as the checkpoint `best`.
+        """Measure the held-out loss; the lowest after step 0 is kept as the best checkpoint.
 
-        A signal ends it with nothing changed, so that it is due again.
+        Where the sitting is to end it ends with nothing changed, so that it is due again.
         Raises TrainingError where the loss is not finite, FitError where memory does not suffice.
         """
         began, before, step = time.perf_counter(), self.progress, self.progress.step
@@ -277,7 +276,7 @@ class Session:
         self._note_peak("evaluate")
         seconds = time.perf_counter() - began
         if not math.isfinite(held_out.loss):
-            raise TrainingError(f"step {step}: the held-out loss is not finite{self._last_good()}", NOT_FINITE)
+            raise TrainingError(f"step {step}: the held-out loss is not finite{self.saving.last_good()}", NOT_FINITE)
         best = step > 0 and (before.best_eval is None or held_out.loss < before.best_eval)
         self.progress = replace(
             before,
@@ -287,6 +286,7 @@ class Session:
             last_eval=held_out.loss,
             best_eval=held_out.loss if best else before.best_eval,
             best_step=step if best else before.best_step,
+            history=(*before.history, (step, held_out.loss)),
         )
         self.tell(
             EvalEvent(
@@ -298,62 +298,71 @@ class Session:
                 best=best,
             )
         )
-        if best:
-            self.save("best")
+        if best or (step > 0 and self.keeper.has(step)):  # a stop had it saved before it was measured
+            self.save()
 
     def _evaluating(self, rows: int) -> None:
-        """Show that it goes on; raises _GivenUpError where a signal has come before the last rows are done."""
+        """Show that it goes on; raises _GivenUpError where the sitting is to end before the last rows are done."""
         total = len(self.dataset.eval)
         self.listener.on_progress(ProgressEvent("evaluation", self.progress.step, rows, total))
-        if self.signals.received is not None and rows < total:
+        if rows < total and self.stops.reason is not None:
             raise _GivenUpError
 
     def save_is_due(self) -> bool:
         """Every `save_every` steps and after the last, once each."""
         step, every = self.progress.step, self.settings.save_every
-        return step not in (0, self._saved) and (step == self.settings.steps or (every > 0 and step % every == 0))
+        now = step == self.settings.steps or (every > 0 and step % every == 0)
+        return now and step > 0 and not self.keeper.has(step)
 
-    def save(self, checkpoint: Literal["last", "best"]) -> None:
-        """Write a whole checkpoint in the place of the one before it."""
-        began = time.perf_counter()
-        save_checkpoint(self.run.checkpoints / checkpoint, self.trainee, self.progress, self.identity)
-        if checkpoint == "last":
-            self._saved = self.progress.step
-        self.tell(SaveEvent(step=self.progress.step, checkpoint=checkpoint, seconds=time.perf_counter() - began))
+    def save(self) -> None:
+        """Take a snapshot of the state and begin to write it; `settle` tells what has come of it."""
+        settings, step = self.settings, self.progress.step
+        units = self.batches.units_per_epoch
+        epoch, unit = divmod(step * settings.batch_size, units)
+        follows = Follows(epoch, unit, units, self._learning_rate(step))
+        self.saving.begin(take_snapshot(self.trainee, self.progress, self.identity, follows, self.recipe_sha256))
 
-    def interrupt(self, received: signal.Signals) -> NoReturn:
+    def settle(self, *, must: str | None = None) -> None:
+        """Tell what has come of the last `save`, where it is done; see `Saving.settle`."""
+        self.saving.settle(self.progress.step, must=must)
+
+    def why_stop(self) -> str | None:
+        """Why the sitting is to end now; None: it goes on. Where all steps are done, the clock is no reason."""
+        is_done = self.progress.step == self.settings.steps and not self.evaluation_is_due()
+        return self.stops.asked if is_done else self.stops.reason
+
+    def interrupt(self, reason: str) -> NoReturn:
         """Save and raise Interrupted."""
-        self.save("last")
         step = self.progress.step
-        self.tell(InterruptEvent(step=step, signal=received.name))
-        raise Interrupted(
-            f"{received.name}: stopped after step {step} of {self.settings.steps}, the checkpoint is saved",
-            "run the same command again with --resume to go on from there",
-        )
+        stopped = f"{reason}: stopped after step {step} of {self.settings.steps}"
+        self.saving.settle(step, wait=True)
+        if not self.keeper.has(step):
+            self.save()
+            self.settle(must=stopped)
+        self.tell(InterruptEvent(step=step, signal=reason if reason.startswith("SIG") else "", reason=reason))
+        remedy = "run the same command again with --resume to go on from there"
+        if reason.startswith("train.max_time") and step == self._began:
+            remedy += "; this sitting had no time for a single step: it needs a longer train.max_time"
+        raise Interrupted(f"{stopped}, the checkpoint is saved", remedy)
 
     def finish(self) -> EndEvent:
-        """Make the adapter of the checkpoint `best` (`last` where nothing was held out) the run's and the decoder's."""
-        chosen: Literal["best", "last"] = "last" if self.progress.best_step is None else "best"
-        folder = self.run.checkpoints / chosen
-        recover_folder(folder)
-        of = read_progress(folder)  # its own word: a GPU may find a slightly different best when a run is resumed
-        with atomic_folder(self.run.adapter) as beside:
-            shutil.copytree(folder / "adapter", beside, dirs_exist_ok=True)
-            if self.hooks.companions is not None:
-                self.hooks.companions(beside)
-        return_freed()  # of the steps, lest the adapter's file, and what a caller does next, come on top of it
-        load_adapter(self.trainee.decoder, self.run.adapter)
-        self.trainee.decoder.eval()
-        self.progress = replace(self.progress, best_eval=of.best_eval, best_step=of.best_step)
+        """Make the adapter of the best checkpoint (the last where nothing was held out) the run's and the decoder's."""
+        self.settle(must="training is done, and its last checkpoint is not on disk")
+        checkpoints = self.keeper.checkpoints
+        done = choose_adapter(checkpoints, self.progress)
+        self._tell_notes(done.notes)
+        chosen = checkpoints.path(done.step)
+        put_adapter(chosen, done.step, self.run.adapter, self.trainee.decoder, self.hooks.companions)
+        self.progress = replace(self.progress, best_eval=done.best_eval, best_step=done.best_step)
         end = EndEvent(
             step=self.progress.step,
             seconds=self.progress.seconds,
             tokens=self.progress.tokens,
             first_eval=self.progress.first_eval,
             last_eval=self.progress.last_eval,
-            best_eval=of.best_eval,
-            adapter_from=chosen,
-            adapter_step=of.step,
+            best_eval=done.best_eval,
+            adapter_from="last" if done.best_step is None else "best",
+            adapter_step=done.step,
         )
         self.tell(end)
         return end
@@ -366,9 +375,6 @@ class Session:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            message = f"{doing}: out of memory on {self.settings.device}{self._last_good()}"
+            message = f"{doing}: out of memory on {self.settings.device}{self.saving.last_good()}"
             layers = self.trainee.decoder.config.layers
             raise FitError(message, smaller(self.settings, layers, trains=trains)) from error
-
-    def _last_good(self) -> str:
-        return "" if self._saved is None else f"; the last checkpoint, of step {self._saved}, is whole"

@@ -1,35 +1,61 @@
-"""SIGINT and SIGTERM while training: the first asks for a stop after the step at hand, the second stops at once.
+"""SIGINT, SIGTERM and SIGHUP while training: the first asks for a stop after the step, the second stops at once.
 
-A handler does nothing but note the signal: the loop looks at the note where its state is whole (after an update is
-applied), saves and raises `Interrupted`. The second signal raises KeyboardInterrupt from wherever the program is; the
-checkpoint on disk is whole even then, for it is written beside its place and renamed.
+A handler does nothing but note the signal and say that it was seen: the loop looks at the note where its state is whole
+(after an update is applied), saves and raises `Interrupted`. The second signal raises KeyboardInterrupt, with the
+signal, from wherever the program is; the checkpoint on disk is whole even then, for it is written beside its place and
+renamed.
+
+SIGHUP comes when the terminal goes (a closed window, a lost connection). What is written to that terminal afterwards
+fails, so standard output and error go nowhere from then on. Where SIGHUP is ignored already (nohup), it stays so.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
-__all__ = ["StopSignals"]
+__all__ = ["STOPPING", "StopSignals", "leave_terminal", "terminals"]
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a process to end and gives it time to."""
+
+
+def terminals() -> tuple[int, ...]:
+    """Which of standard output and error are a terminal; to be asked while it is there."""
+    return tuple(number for number in (1, 2) if os.isatty(number))
+
+
+def leave_terminal(numbers: tuple[int, ...]) -> None:
+    """Send what goes to these file descriptors nowhere: the terminal behind them is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in numbers:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 class StopSignals:
-    """A context in which the first SIGINT or SIGTERM sets `received` instead of ending the program.
+    """A context in which the first of STOPPING sets `received` instead of ending the program.
 
-    The handlers of before are put back at its end. Off the main thread Python allows no handlers: there it does
-    nothing.
+    `notice` gives the line that is said on standard error when it comes. The handlers of before are put back at the
+    end. Off the main thread Python allows no handlers: there it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notice: Callable[[signal.Signals], str] | None = None) -> None:
         self.received: signal.Signals | None = None
+        self.notice = notice
         self._before: list[tuple[signal.Signals, signal._HANDLER]] = []
+        self._terminals: tuple[int, ...] = ()
 
     def __enter__(self) -> StopSignals:
+        self._terminals = terminals()
         if threading.current_thread() is threading.main_thread():
-            self._before = [(number, signal.signal(number, self._note)) for number in _HANDLED]
+            for number in STOPPING:
+                if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before.append((number, signal.signal(number, self._note)))
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -37,6 +63,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal(self._terminals)
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signal.Signals(number))
         self.received = signal.Signals(number)
+        if self.notice is not None:
+            # Not by way of sys.stderr: the signal may have come while that was being written to.
+            with suppress(OSError):  # a pipe whose reader has gone must not end what is to be saved
+                os.write(2, f"{self.notice(self.received)}\n".encode())

@@ -13,7 +13,8 @@ arXiv:1211.5063, algorithm 1). In fp16 the loss is multiplied by a power of two 
 gradients vanish, and gradients are divided by it after (Micikevicius et al. 2018, arXiv:1710.03740, sec. 3.2). A
 factor that makes them overflow is halved and the same micro-batches are done again: no batch is ever skipped.
 
-A loss or gradient that is not finite stops training before anything is updated.
+A loss or gradient that is not finite is an error before anything is updated; whether training stops or leaves the step
+out is the session's to say (`train.on_nonfinite`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from luthier.train.halves import add_both, halves
 
 __all__ = [
     "NOT_FINITE",
+    "NotFiniteError",
     "StepError",
     "StepResult",
     "Trainee",
@@ -61,6 +63,13 @@ class StepError(TrainingError):
         self.what, self.rows = message, rows
 
 
+class NotFiniteError(StepError):
+    """A loss or gradient that is not finite: nothing was updated, and another batch may be taken."""
+
+    def __init__(self, message: str, rows: tuple[int, ...]) -> None:
+        super().__init__(message, rows, NOT_FINITE)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """`loss` in nats per labelled token, before the update; `grad_norm` before clipping; `tokens` real ones.
@@ -83,7 +92,7 @@ def make_scaler(device: str, precision: str) -> GradScaler | None:
 def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: GradScaler | None = None) -> float:
     """Add the gradient of the step's loss to the parameters' `.grad` (times the scaler's factor); returns the loss.
 
-    Raises StepError, naming the rows, when no token counts or a micro-batch's loss is not finite.
+    Raises StepError, naming the rows, when no token counts, NotFiniteError when a micro-batch's loss is not finite.
     """
     weight = sum(batch.weight for batch in micro_batches)
     if weight == 0:
@@ -93,7 +102,7 @@ def forward_backward(decoder: Decoder, micro_batches: Sequence[Batch], scaler: G
     finite_M = sums_M.isfinite().tolist()
     if not all(finite_M):
         bad = [batch for batch, finite in zip(micro_batches, finite_M, strict=True) if not finite]
-        raise StepError("the loss is not finite", _rows(bad), NOT_FINITE)
+        raise NotFiniteError("the loss is not finite", _rows(bad))
     return float(sums_M.sum()) / weight
 
 
@@ -119,7 +128,8 @@ def _add_gradient(decoder: Decoder, micro_batch: Batch, weight: float, scaler: G
 def take_step(trainee: Trainee, micro_batches: Sequence[Batch], clip: float) -> StepResult:
     """One update of the parameters from `micro_batches`; `clip` 0 is no clipping.
 
-    Raises StepError, with parameters and optimizer state as they were, when loss or gradient is not finite.
+    Raises NotFiniteError, with parameters, optimizer state and loss scale as they were, when loss or gradient is not
+    finite; StepError when no token counts.
     """
     loss, norm, halvings = _gradient(trainee, micro_batches)
     if clip > 0:
@@ -134,6 +144,7 @@ def take_step(trainee: Trainee, micro_batches: Sequence[Batch], clip: float) -> 
 def _gradient(trainee: Trainee, micro_batches: Sequence[Batch]) -> tuple[float, torch.Tensor, int]:
     """Leave the step's finite gradient in `.grad`; returns the loss, the gradient's norm, and the halvings it took."""
     scaler, halvings = trainee.scaler, 0
+    factor = 1.0 if scaler is None else scaler.get_scale()
     while True:
         trainee.optimizer.zero_grad(set_to_none=True)
         loss = forward_backward(trainee.decoder, micro_batches, scaler)
@@ -143,7 +154,9 @@ def _gradient(trainee: Trainee, micro_batches: Sequence[Batch]) -> tuple[float, 
         if bool(norm.isfinite()):
             return loss, norm, halvings
         if scaler is None or scaler.get_scale() <= 1.0:
-            raise StepError("the gradient is not finite", _rows(micro_batches), NOT_FINITE)
+            if scaler is not None:
+                scaler.update(factor)  # it is this batch's fault, not the factor's
+            raise NotFiniteError("the gradient is not finite", _rows(micro_batches))
         scaler.update()  # halves the factor, for unscale_ has seen the overflow; at 1 the loop ends
         halvings += 1
 
