@@ -16,7 +16,7 @@ from luthier.plan.plan import as_document
 from luthier.plan.proof import Adopted, Load, adopt
 from luthier.recipe.load import recipe_from_mapping
 from luthier.recipe.schema import Recipe
-from luthier.runs import RunDirectory, atomic_folder, read_json, write_json
+from luthier.runs import RunDirectory, read_json, write_json
 from tests.cli.command import Command
 
 RATES = estimate_rates(Device("cuda", "any", 1.0, 8, (8, 0), ("bf16", "fp16", "fp32")))
@@ -205,15 +205,16 @@ def test_more_layers_recomputed_than_there_are_is_the_same_run(tmp_path: Path, m
     assert prepare(asked, pins=pins_of(run, resume=True)).plan.settings == first.plan.settings
 
 
-def test_a_checkpoint_that_a_kill_left_half_replaced_pins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder was moved aside and its successor not yet in place."""
+def test_a_checkpoint_that_a_kill_left_unnamed_pins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is whole, and LATEST does not name it yet; before that it is none."""
     on(monkeypatch, ROOMY)
     run = RunDirectory(tmp_path / "run")
     write_json(run.plan, as_document(prepare(recipe()).plan))
     assert pins_of(run, resume=True) is None
-    with atomic_folder(run.checkpoints / "last") as beside:
-        aside = beside.with_suffix(".old")
-    (run.checkpoints / "last").rename(aside)
+    beside = run.checkpoints / ".step-000002.4711.tmp"
+    beside.mkdir(parents=True)
+    assert pins_of(run, resume=True) is None
+    beside.rename(run.checkpoints / "step-000002")
     assert pins_of(run, resume=True) is not None
 
 
@@ -291,5 +292,5 @@ def test_nothing_is_pinned_where_nothing_began(tmp_path: Path, monkeypatch: pyte
     assert pins_of(run, resume=True) is None
     write_json(run.plan, as_document(prepare(recipe()).plan))
     assert pins_of(run, resume=True) is None, "a plan alone: stopped before the first checkpoint"
-    (run.checkpoints / "last").mkdir(parents=True)
+    (run.checkpoints / "step-000002").mkdir(parents=True)
     assert pins_of(run, resume=True) is not None

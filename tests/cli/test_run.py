@@ -29,8 +29,11 @@ FILES = (
     *(
         "adapter/adapter_config.json",
         "adapter/tokenizer.json",
-        "checkpoints/last/state.json",
-        "checkpoints/best/state.json",
+        "checkpoints/LATEST",
+        "checkpoints/BEST",
+        "checkpoints/step-000012/state.json",
+        "checkpoints/step-000012/manifest.json",
+        "adapter/manifest.json",
     ),
     *(
         "exports/hf/model.safetensors",
@@ -94,8 +97,9 @@ def test_eval_refuses_rows_that_are_not_the_runs(run: Path, luthier: Command, tm
     """Other rows under the same name: what is held out now may have been trained on."""
     moved(run, tmp_path / "run", "tales")
     ended = luthier("eval", tmp_path / "run", "--json")
-    assert (ended.code, ended.out) == (3, ""), ended.err
+    assert ended.code == 3, ended.err
     assert "not what" in ended.message
+    assert "not what" in json.loads(ended.out)["error"]["message"]
 
 
 def test_an_export_needs_no_rows(run: Path, luthier: Command, tmp_path: Path) -> None:

@@ -25,7 +25,13 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="RUN", help="The run directory (default: runs/ and the name of the recipe)."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run directory.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the newest checkpoint of the run directory, also with more steps and what else may change.",
+    ),
+]
 Temperature = Annotated[float, typer.Option(min=0.0, max=5.0, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest tokens; 0: from all.")]
@@ -43,7 +49,7 @@ def register(app: typer.Typer) -> None:
     for before in (demo, init, presets, doctor, plan):
         app.command()(before)
     app.add_typer(data_commands.app, name="data")
-    for function in (train, run, evaluate, merge, export, generate, chat):
+    for function in (train, run, evaluate, verify, merge, export, generate, chat):
         app.command(name="eval" if function is evaluate else function.__name__)(function)
 
 
@@ -53,16 +59,23 @@ def _load(recipe: Path, sets: list[str] | None) -> Recipe:
     return load_recipe(recipe, sets or ())
 
 
-def _start(recipe: Path, out: Path | None, sets: list[str] | None, resume: bool) -> tuple[Prepared, RunDirectory]:
-    """What the recipe means here, and the run directory it goes to."""
-    from luthier.cli import preparing, stages
-    from luthier.cli.pins import pins_of
+def _asked(recipe: Path, out: Path | None, sets: list[str] | None) -> tuple[Recipe, RunDirectory]:
+    """The recipe, and the run directory it goes to."""
+    return _load(recipe, sets), RunDirectory(Path("runs") / recipe.stem if out is None else out)
 
-    loaded = _load(recipe, sets)
-    directory = RunDirectory(Path("runs") / recipe.stem if out is None else out)
-    stages.check_free(directory, loaded, resume=resume)  # before the data is read: it takes a while
-    pins = pins_of(directory, resume=True) if resume else None
-    return preparing.prepare(loaded, pins=pins, folder=directory.path), directory
+
+def _prepared(recipe: Recipe, directory: RunDirectory, resume: bool) -> Prepared:
+    """What the recipe means here. Hold the directory meanwhile."""
+    from luthier.cli import preparing
+    from luthier.cli.pins import pins_of
+    from luthier.cli.resuming import check_free, check_stop_file
+    from luthier.cli.working import stage
+
+    with stage("the data was read"):
+        check_free(directory, recipe, resume=resume)  # before the data is read: it takes a while
+        check_stop_file(recipe)
+        pins = pins_of(directory, resume=True) if resume else None
+        return preparing.prepare(recipe, pins=pins, folder=directory.path)
 
 
 def _exported(document: dict[str, object], as_json: bool) -> None:
@@ -184,10 +197,15 @@ def train(
 ) -> None:
     """Tune an adapter as the recipe says."""
     from luthier.cli import show, stages
+    from luthier.cli.resuming import goes_on
+    from luthier.cli.working import working
 
-    prepared, directory = _start(recipe, out, sets, resume)
-    show.data(prepared)
-    result, _ = stages.train(prepared, directory, resume=resume)
+    asked, directory = _asked(recipe, out, sets)
+    with working(directory.path, "luthier train", resumes=True):
+        resume = goes_on(directory, asked, resume=resume)
+        prepared = _prepared(asked, directory, resume)
+        show.data(prepared)
+        result, _ = stages.train(prepared, directory, resume=resume)
     if as_json:
         console.print_json(stages.train_document(result, directory))
     else:
@@ -198,9 +216,13 @@ def train(
 def run(recipe: RecipeFile, out: Out = None, resume: Resume = False, sets: Sets = None, as_json: Json = False) -> None:
     """Do all of it: plan, data, train, evaluate, merge, export."""
     from luthier.cli import show, stages
+    from luthier.cli.resuming import goes_on
+    from luthier.cli.working import working
 
-    prepared, directory = _start(recipe, out, sets, resume)
-    document = stages.run_all(prepared, directory, resume=resume)
+    asked, directory = _asked(recipe, out, sets)
+    with working(directory.path, "luthier run", resumes=True):
+        resume = goes_on(directory, asked, resume=resume)
+        document = stages.run_all(_prepared(asked, directory, resume), directory, resume=resume)
     if as_json:
         console.print_json(document)
     else:
@@ -211,23 +233,45 @@ def evaluate(run: RunFolder, as_json: Json = False) -> None:
     """Hold base against tuned on rows that were not trained on."""
     from luthier.cli import preparing, show, stages
     from luthier.cli.pins import pins_of
+    from luthier.cli.working import stage, working
 
     directory, recipe = stages.reopen(run)
-    prepared = preparing.prepare(recipe, pins=pins_of(directory, resume=False), folder=directory.path)
-    document = stages.evaluate(prepared, directory)
+    with working(directory.path, "luthier eval", resumes=False):
+        with stage("the data was read"):
+            prepared = preparing.prepare(recipe, pins=pins_of(directory, resume=False), folder=directory.path)
+        document = stages.evaluate(prepared, directory)
     if as_json:
         console.print_json(document)
     else:
         show.evaluation(document)
 
 
+def verify(
+    run: RunFolder,
+    steps: Annotated[
+        int, typer.Option("--steps", min=0, max=1000, help="Take this many steps again; 0: look at the files only.")
+    ] = 3,
+    as_json: Json = False,
+) -> None:
+    """Hold a run's files against what was written, and steps taken again from a checkpoint against its log."""
+    from luthier.cli import verifying
+
+    verifying.run(run, steps, as_json)
+
+
 def merge(run: RunFolder, as_json: Json = False) -> None:
     """Merge the adapter into the unquantised base, in 16-bit, as a folder that transformers loads."""
     from luthier.cli import exporting, stages
+    from luthier.cli.pins import base_name, pins_of
+    from luthier.cli.working import working
     from luthier.model.locate import locate_model
 
     directory, recipe = stages.reopen(run)
-    _exported(exporting.export(directory, recipe, locate_model(recipe.model), "hf"), as_json)
+    with working(directory.path, "luthier merge", resumes=False):
+        made = exporting.export(
+            directory, recipe, locate_model(base_name(recipe, pins_of(directory, resume=False))), "hf"
+        )
+    _exported(made, as_json)
 
 
 def export(
@@ -240,10 +284,16 @@ def export(
 ) -> None:
     """Write the tuned model for another program: transformers, llama.cpp or Ollama."""
     from luthier.cli import exporting, stages
+    from luthier.cli.pins import base_name, pins_of
+    from luthier.cli.working import working
     from luthier.model.locate import locate_model
 
     directory, recipe = stages.reopen(run)
-    _exported(exporting.export(directory, recipe, locate_model(recipe.model), to, quantize), as_json)
+    with working(directory.path, "luthier export", resumes=False):
+        made = exporting.export(
+            directory, recipe, locate_model(base_name(recipe, pins_of(directory, resume=False))), to, quantize
+        )
+    _exported(made, as_json)
 
 
 def generate(

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import orjson
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 
 from luthier.errors import LuthierError
+from luthier.guard.secrets import printable, redact, visible
 
-__all__ = ["Advance", "counting", "output", "print_error", "print_json", "say", "table", "waiting"]
+__all__ = [
+    "Advance",
+    "counting",
+    "output",
+    "print_error",
+    "print_failure",
+    "print_json",
+    "print_traceback",
+    "say",
+    "table",
+    "waiting",
+]
 
-output = Console(highlight=False)
-messages = Console(stderr=True, highlight=False)
+
+class _Screen(Console):
+    """A console on which only our own words move the cursor: those of files and rows are written out."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+output = _Screen(highlight=False)
+messages = _Screen(stderr=True, highlight=False)
+
+LINE_SECONDS = 5.0
 
 Advance = Callable[[int, int], None]
 """Called with (done, of how many) as work goes on."""
@@ -37,11 +64,23 @@ def print_json(document: object) -> None:
     sys.stdout.buffer.flush()
 
 
+def print_failure(error: LuthierError, exit_code: int) -> None:
+    """The one JSON document of a command with `--json` that failed: what `print_error` says, for programs."""
+    remedy = None if error.remedy is None else printable(error.remedy)
+    told = {"kind": type(error).__name__, "message": printable(error.message), "remedy": remedy, "exit_code": exit_code}
+    print_json({"error": told})
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own traceback on stderr, without secrets: for `sys.excepthook`."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
 def print_error(error: LuthierError) -> None:
     """What happened, where, and what to try next; never a traceback."""
-    say(f"[bold red]error:[/] {escape(error.message)}")
+    say(f"[bold red]error:[/] {escape(printable(error.message))}")
     if error.remedy:
-        say(f"  [bold]try:[/] {escape(error.remedy)}")
+        say(f"  [bold]try:[/] {escape(printable(error.remedy))}")
 
 
 @contextmanager
@@ -56,12 +95,24 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+def _lines(what: str) -> Advance:
+    said = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal said
+        if done < total and time.monotonic() - said > LINE_SECONDS:
+            said = time.monotonic()
+            say(f"{what}: {done:,} of {total:,}")
+
+    return advance
+
+
 @contextmanager
 def counting(what: str) -> Iterator[Advance]:
-    """A bar for work that can be counted; nothing moves where there is no terminal."""
+    """A bar for work that can be counted; where there is no terminal a line every LINE_SECONDS."""
     if not messages.is_terminal:
         say(f"{what} …")
-        yield lambda _done, _total: None
+        yield _lines(what)
         return
     columns = (
         SpinnerColumn(),

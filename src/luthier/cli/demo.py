@@ -7,6 +7,8 @@ from pathlib import Path
 
 from luthier.cli import console, preparing, show, stages
 from luthier.cli.pins import pins_of
+from luthier.cli.resuming import check_free, goes_on
+from luthier.cli.working import stage, working
 from luthier.recipe.init import preset_file
 from luthier.recipe.load import load_recipe
 from luthier.runs import RunDirectory
@@ -26,10 +28,13 @@ def run(out: Path | None, resume: bool, as_json: bool) -> None:
         "and must keep what it knows."
     )
     recipe = load_recipe(preset_file(PRESET))
-    stages.check_free(directory, recipe, resume=resume)
-    pins = pins_of(directory, resume=True) if resume else None
-    prepared = preparing.prepare(recipe, pins=pins, folder=directory.path)
-    document = stages.run_all(prepared, directory, resume=resume)
+    with working(directory.path, "luthier demo", resumes=True):
+        with stage("the data was read"):
+            resume = goes_on(directory, recipe, resume=resume)
+            check_free(directory, recipe, resume=resume)
+            pins = pins_of(directory, resume=True) if resume else None
+            prepared = preparing.prepare(recipe, pins=pins, folder=directory.path)
+        document = stages.run_all(prepared, directory, resume=resume)
     if as_json:
         console.print_json(document)
         return

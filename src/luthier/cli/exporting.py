@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
+from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 
 from luthier.cli import console
+from luthier.cli.working import stage
 from luthier.errors import UsageError
-from luthier.runs import RunDirectory, read_json
+from luthier.guard.documents import INDEX_BYTES, read_object
+from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
     from luthier.export.gguf import About, GGUFFile
@@ -37,7 +41,7 @@ def export(run: RunDirectory, recipe: Recipe, base: Path, kind: str, quantize: s
         return _merge(run, recipe, base)
     if not (run.export("hf") / "config.json").is_file():
         _merge(run, recipe, base)
-    with console.waiting(f"writing {kind} ({chosen})"):
+    with console.waiting(f"writing {kind} ({chosen})"), stage(f"{kind} was written"):
         return _gguf(run, recipe, base, chosen) if kind == "gguf" else _ollama(run, recipe, base, chosen)
 
 
@@ -49,7 +53,7 @@ def _merge(run: RunDirectory, recipe: Recipe, base: Path) -> dict[str, object]:
     out = run.export("hf")
     # What was trained lies beside the adapter: an export needs neither the rows nor this machine's plan.
     template = make_template("model", load_tokenizer(run.adapter))
-    with console.waiting("merging the adapter into the base, in 16-bit"):
+    with console.waiting("merging the adapter into the base, in 16-bit"), stage("the adapter was merged"):
         merged = export_huggingface(base, run.adapter, out, template, _card(run, recipe, base))
     _say_notes(merged.notes)
     facts = {"dtype": merged.dtype, "tensors": merged.tensors, "merged": merged.merged, "notes": list(merged.notes)}
@@ -95,43 +99,82 @@ def _card(run: RunDirectory, recipe: Recipe, base: Path) -> ModelCard:
     from luthier.plan.explain import shown_value
 
     # As it was when it was trained, not as this machine would plan it today.
-    data, plan = cast("_Data", read_json(run.data)), cast("_Plan", read_json(run.plan))
+    data, plan = _read(run.data, _Data), _read(run.plan, _Plan)
     # File names, not paths: a card travels, and where things lay on this machine is nobody's business.
-    names = dict.fromkeys(Path(source["path"]).name for source in data["sources"])
+    names = dict.fromkeys(Path(source.path).name for source in data.sources)
     return ModelCard(
         name=run.path.resolve().name,
         base=recipe.model,
-        data=f"{data['splits']['train']['rows']:,} rows of {', '.join(names)}",
+        data=f"{data.splits.train.rows:,} rows of {', '.join(names)}",
         license=base_license(base),
-        facts=[(one["setting"], shown_value(one["value"])) for one in plan["decisions"] if one["setting"] in _ON_CARD],
+        facts=[(one.setting, shown_value(one.value)) for one in plan.decisions if one.setting in _ON_CARD],
         figures=_figures(run),
     )
 
 
-class _Split(TypedDict):
+@dataclass(frozen=True)
+class _Split:
     rows: int
 
 
-class _Source(TypedDict):
+@dataclass(frozen=True)
+class _Splits:
+    train: _Split
+
+
+@dataclass(frozen=True)
+class _Source:
     path: str
 
 
-class _Data(TypedDict):
+@dataclass(frozen=True)
+class _Data:
     """What is read of data/data.json."""
 
     sources: list[_Source]
-    splits: dict[str, _Split]
+    splits: _Splits
 
 
-class _Decision(TypedDict):
+@dataclass(frozen=True)
+class _Decision:
     setting: str
     value: object
 
 
-class _Plan(TypedDict):
+@dataclass(frozen=True)
+class _Plan:
     """What is read of plan.json."""
 
     decisions: list[_Decision]
+
+
+@dataclass(frozen=True)
+class _Losses:
+    loss: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is read of eval.json."""
+
+    base: _Losses
+    tuned: _Losses
+
+
+_Read = TypeVar("_Read", _Data, _Plan, _Evaluation)
+
+
+def _read(path: Path, kind: type[_Read]) -> _Read:
+    """What is needed of a document of the run. Raises FileError or UsageError where it does not have it."""
+    try:
+        return TypeAdapter(kind).validate_python(read_object(path, INDEX_BYTES))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"{path} is not what this version of luthier wrote: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            "put it back as it was: luthier eval writes eval.json again, training the others",
+        ) from error
 
 
 _ON_CARD = (
@@ -146,5 +189,6 @@ def _figures(run: RunDirectory) -> list[CardFigure]:
 
     if not run.evaluation.is_file():
         return []
-    found = cast("dict[str, dict[str, float]]", read_json(run.evaluation))
-    return [CardFigure(name, found["base"][name], found["tuned"][name]) for name in ("loss", "perplexity")]
+    found = _read(run.evaluation, _Evaluation)
+    base, tuned = found.base, found.tuned
+    return [CardFigure("loss", base.loss, tuned.loss), CardFigure("perplexity", base.perplexity, tuned.perplexity)]

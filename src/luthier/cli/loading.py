@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from luthier.cli import console
 from luthier.errors import FitError, UsageError
+from luthier.guard.documents import read_object
 from luthier.plan.support import quantizes
 from luthier.recipe.schema import BUNDLED_MODEL
-from luthier.runs import RunDirectory, read_json
+from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
     from luthier.data.render import Template
@@ -107,7 +108,8 @@ def _settings(adapter: Path | None) -> Mapping[str, object]:
     plan = None if adapter is None else RunDirectory(adapter.parent).plan
     if plan is None or not plan.is_file():
         return {}
-    return cast("dict[str, dict[str, object]]", read_json(plan)).get("settings", {})
+    found = read_object(plan).get("settings")
+    return found if isinstance(found, dict) else {}
 
 
 def _quantize(held: Mapping[str, object], device: Device, precision: str) -> Quantize:

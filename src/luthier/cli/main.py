@@ -14,7 +14,9 @@ import typer
 from rich.markup import escape
 
 from luthier.cli import commands, console
-from luthier.errors import Interrupted, LuthierError, UsageError
+from luthier.errors import FitError, Interrupted, LuthierError, UsageError, is_disk_full
+from luthier.guard.secrets import printable
+from luthier.train.unbroken import unbroken_streams
 
 __all__ = ["app", "main"]
 
@@ -29,6 +31,13 @@ app = typer.Typer(
 commands.register(app)
 
 _INTERRUPTED = 130
+_ENDED: dict[int, LuthierError] = {
+    2: UsageError(
+        "the command line is not understood: stderr says why", "luthier --help, or --help behind the command"
+    ),
+    _INTERRUPTED: Interrupted("interrupted; nothing was left half-written"),
+}
+"""What typer ended itself, by its exit code, for `--json`."""
 _REPORT = "the same command with --debug for the traceback, and please report it"
 
 
@@ -46,35 +55,55 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    debugging = len(words) < len(sys.argv) - 1
+    debugging, as_json = len(words) < len(sys.argv) - 1, "--json" in words
+    with unbroken_streams():
+        _run(words, debugging, as_json)
+
+
+def _run(words: list[str], debugging: bool, as_json: bool) -> None:
     try:
         app(args=words, prog_name="luthier")
     except Interrupted as stopped:  # what was asked for, not an error
-        console.say(f"{escape(stopped.message)}\n  [bold]next:[/] {escape(stopped.remedy or '')}")
-        sys.exit(stopped.exit_code)
+        message, remedy = printable(stopped.message), printable(stopped.remedy or "")
+        console.say(f"{escape(message)}\n  [bold]next:[/] {escape(remedy)}")
+        _end(stopped, as_json)
     except LuthierError as error:
         if debugging:
             raise
         console.print_error(error)
-        sys.exit(error.exit_code)
+        _end(error, as_json)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:
             console.say("interrupted; nothing was left half-written")
+        if as_json and isinstance(ended.code, int) and (failed := _ENDED.get(ended.code)):
+            console.print_failure(failed, ended.code)
         raise
     except OSError as error:
         if debugging:
             raise
-        if error.filename is None:
-            _defect(error)
         # A path of the user's: not there, not writable, a file where a folder should be, a full disk.
-        console.print_error(UsageError(f"{error.filename}: {error.strerror}", "choose another place, or mend this one"))
-        sys.exit(UsageError.exit_code)
+        _end_badly(error, as_json)
     except Exception as error:
         if debugging:
             raise
-        _defect(error)
+        _end_badly(error, as_json)
+    finally:
+        sys.excepthook = console.print_traceback  # typer has put its own there, which shows secrets
 
 
-def _defect(error: Exception) -> NoReturn:
-    console.print_error(LuthierError(f"a defect of ours: {type(error).__name__}: {error}", _REPORT))
-    sys.exit(LuthierError.exit_code)
+def _end(error: LuthierError, as_json: bool) -> NoReturn:
+    if as_json:
+        console.print_failure(error, error.exit_code)
+    sys.exit(error.exit_code)
+
+
+def _end_badly(error: Exception, as_json: bool) -> NoReturn:
+    """With an error that nobody has put into words for the user."""
+    told = LuthierError(f"a defect of ours: {type(error).__name__}: {error}", _REPORT)
+    if is_disk_full(error):
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        told = FitError(f"no room on the disk{where}: {error}", "make room, then run the same command again")
+    elif isinstance(error, OSError) and error.filename is not None:
+        told = UsageError(f"{error.filename}: {error.strerror}", "choose another place, or mend this one")
+    console.print_error(told)
+    _end(told, as_json)

@@ -9,7 +9,7 @@ On a device of another kind (trained on CUDA, evaluated on a CPU) what belongs t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +20,18 @@ from luthier.errors import UsageError
 from luthier.plan.proof import MEASURED
 from luthier.plan.settings import Settings
 from luthier.plan.support import QUANTIZE_DEVICES
-from luthier.runs import RunDirectory, recover_folder
+from luthier.runs import RunDirectory
+from luthier.train.checkpoints import Checkpoints
+from luthier.train.identity import WATCHED
 
 if TYPE_CHECKING:
     from luthier.plan.decision import Decision
     from luthier.plan.plan import Plan
     from luthier.recipe.schema import Recipe
 
-__all__ = ["Pins", "as_begun", "pinned", "pins_of"]
+__all__ = ["Pins", "as_begun", "base_name", "pinned", "pins_of", "with_revision"]
 
+REVISION = "model.revision"
 SOURCE = "the run's plan.json"
 _BEGUN = "As this run began. "
 _ADAPTER = ("rank", "alpha")
@@ -42,12 +45,13 @@ _TRAIN = (
 @dataclass(frozen=True)
 class Pins:
     """The settings of a run that has begun. `reasons`: what plan.json says of each decision; `resume`: whether it is to
-    be gone on with, not only looked at."""
+    be gone on with, not only looked at; `revision`: the commit of its base, where that came from the hub."""
 
     run: Path
     settings: Settings
     reasons: Mapping[str, tuple[str, str]]
     resume: bool
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Reason:
     setting: str
     reason: str
     source: str
+    value: object = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def pins_of(run: RunDirectory, *, resume: bool) -> Pins | None:
     Raises:
         UsageError: its plan.json cannot be read.
     """
-    if not run.plan.is_file() or not (run.adapter.is_dir() or recover_folder(run.checkpoints / "last")):
+    if not run.plan.is_file() or not (run.adapter.is_dir() or Checkpoints(run.checkpoints).steps()):
         return None
     try:
         stored = TypeAdapter(_Stored).validate_json(run.plan.read_bytes())
@@ -83,7 +88,35 @@ def pins_of(run: RunDirectory, *, resume: bool) -> Pins | None:
             "train again, into another directory (--out)",
         ) from error
     reasons = {one.setting: (one.reason, one.source) for one in stored.decisions}
-    return Pins(run.path, stored.settings, reasons, resume)
+    return Pins(run.path, stored.settings, reasons, resume, _revision(stored.decisions))
+
+
+def _revision(decisions: Sequence[_Reason]) -> str | None:
+    found = next((one.value for one in decisions if one.setting == REVISION), None)
+    return found if isinstance(found, str) else None
+
+
+def base_name(recipe: Recipe, pins: Pins | None) -> str:
+    """What to look the recipe's model up by: at the commit that the run began with, where it came from the hub."""
+    from luthier.model.locate import pinned_to
+
+    return recipe.model if pins is None else pinned_to(recipe.model, pins.revision)
+
+
+def with_revision(plan: Plan, folder: Path, name: str) -> Plan:
+    """The plan, saying at its beginning which commit of the hub's model `name` the folder is; else as it was."""
+    from luthier.model.locate import revision_of
+    from luthier.plan.decision import Decision
+
+    commit = revision_of(folder)
+    if commit is None:
+        return plan
+    reason = (
+        f"{name.partition('@')[0]} is at this commit. Whatever is done with this run later (resume, evaluate, merge) "
+        "takes the same one."
+    )
+    decision: Decision[object] = Decision(REVISION, commit, reason, "the Hugging Face hub")
+    return replace(plan, decisions=(decision, *plan.decisions))
 
 
 def pinned(recipe: Recipe, pins: Pins, kind: str) -> tuple[Recipe, frozenset[str]]:
@@ -145,12 +178,14 @@ def pinned(recipe: Recipe, pins: Pins, kind: str) -> tuple[Recipe, frozenset[str
 
 
 def _is_another(recipe: Recipe, settings: Settings, proved: frozenset[str]) -> bool:
-    """Whether the recipe sets something that the run has otherwise, but for what the proof took back."""
+    """Whether the recipe sets something that the run has otherwise, but for what the proof took back and for what a run
+    may change as it goes on: how it is watched, and more steps."""
     # What a recipe says of `checkpointing` (true, more layers than there are) stands for a number that the model knows.
-    names = [name for name in _TRAIN if name not in proved and name != "checkpointing"]
+    names = [name for name in _TRAIN if name not in proved and name not in ("checkpointing", *WATCHED)]
     said = [(getattr(recipe.train, name), getattr(settings, name)) for name in names]
     said += [(getattr(recipe.adapter, name), getattr(settings, name)) for name in _ADAPTER]
-    said += [(recipe.quantize, settings.quantize), (recipe.train.steps or "auto", settings.steps)]
+    steps = recipe.train.steps or settings.steps
+    said += [(recipe.quantize, settings.quantize), (min(steps, settings.steps), settings.steps)]
     return any(now not in ("auto", then) for now, then in said)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from luthier.cli import console
-from luthier.cli.pins import Pins, as_begun, pinned
+from luthier.cli.pins import Pins, as_begun, base_name, pinned, with_revision
 from luthier.cli.targets import UNTRAINED_REMEDY, epoch_of, say_waiting, untrained_names
 from luthier.errors import FitError, ModelError, UsageError
 
@@ -38,6 +38,13 @@ class Prepared:
     config: ModelConfig
     dataset: Dataset
     plan: Plan
+
+    @property
+    def base_name(self) -> str:
+        """The model's name, at its commit where it came from the hub: what an adapter says that it belongs to."""
+        from luthier.model.locate import pinned_to, revision_of
+
+        return pinned_to(self.recipe.model, revision_of(self.base))
 
     @property
     def digest(self) -> str:
@@ -80,7 +87,8 @@ def prepare(
         raise UsageError(message, "--set hardware=this; luthier plan answers for other machines")
     device = device_for(recipe, hardware, folder)
     asked, held = (recipe, frozenset[str]()) if pins is None else pinned(recipe, pins, device.kind)
-    base = locate_model(recipe.model) if weights else locate_config(recipe.model)
+    name = base_name(recipe, pins)
+    base = locate_model(name) if weights else locate_config(name)
     config = read_config(base)
     tokenizer, notes = _tokenizer(base, recipe.model, stand_in=not weights)
     with console.counting("reading the data") as advance:
@@ -90,6 +98,7 @@ def prepare(
     check_tasks(dataset, recipe.evaluate)
     if pins is not None:
         plan = as_begun(plan, pins, held)
+    plan = with_revision(plan, base, recipe.model)
     return Prepared(recipe, base, config, limit_length(dataset, plan.settings.max_length), plan)
 
 

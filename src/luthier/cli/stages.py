@@ -9,6 +9,7 @@ stderr what it does. The commands call these, `run` calls all of them in order.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,12 +18,16 @@ import orjson
 
 from luthier.cli import console
 from luthier.cli.loading import unfinished
-from luthier.errors import DataError, UsageError
+from luthier.cli.resuming import check_free
+from luthier.cli.working import sitting_began, stage, stopped_by
+from luthier.errors import DataError, Interrupted, UsageError
+from luthier.guard.documents import read_object
+from luthier.lock import hold
 from luthier.recipe.load import dump_recipe
-from luthier.runs import SCHEMA_VERSION, RunDirectory, read_json, write_json, write_text
+from luthier.runs import SCHEMA_VERSION, RunDirectory, recover_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from luthier.cli.preparing import Prepared
     from luthier.hardware.device import Device
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
     from luthier.train.loop import TrainResult
 
 __all__ = [
-    "check_free",
     "evaluate",
     "load_tuned",
     "reopen",
@@ -53,7 +57,9 @@ def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
     if not run.recipe.is_file():
         raise UsageError(f"{path} is not a run directory: it has no {run.recipe.name}", "luthier train makes one")
     if not run.adapter.is_dir():
-        raise unfinished(path)
+        with hold(path, "luthier"):
+            if not recover_folder(run.adapter):  # a kill between two renames left the one before beside it
+                raise unfinished(path)
     return run, load_recipe(run.recipe)
 
 
@@ -64,6 +70,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
     end; where the proof (train/proof.py) finds that less fits than planned, it is the plan that fits.
     """
     from luthier.export.merge import write_tokenizer
+    from luthier.model.fingerprint import fingerprint
     from luthier.plan.plan import as_document
     from luthier.plan.proof import Adopted, adopt, compared, expect, is_proved
     from luthier.train.display import make_display
@@ -71,7 +78,8 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
     from luthier.train.loop import train as train_loop
 
     check_free(run, prepared.recipe, resume=resume)
-    check_resumable(run, prepared.dataset, prepared.plan.settings, prepared.recipe.model)
+    weights = fingerprint(prepared.base)
+    check_resumable(run, prepared.dataset, prepared.plan.settings, prepared.base_name, weights)
     former = _measured(run)
     decoder = _load(prepared, "")
     began = time.monotonic()
@@ -85,22 +93,26 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
         plan = adopt(plan, adopted)
         write_json(run.plan, {**as_document(plan), "measured": former})
 
-    result = train_loop(
-        decoder,
-        prepared.dataset,
-        prepared.plan.settings,
-        run,
-        base=prepared.recipe.model,
-        listener=make_display(),
-        resume=resume,
-        hooks=Hooks(
-            # As PEFT's users do: the adapter's folder alone then says how to talk to it.
-            companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
-            forecast=lambda settings, load: expect(prepared.plan, settings, load),
-            adopt=adopts,
-            prove=is_proved(plan.device, plan.memory),
-        ),
-    )
+    with _stopped_at_once(run):
+        result = train_loop(
+            decoder,
+            prepared.dataset,
+            prepared.plan.settings,
+            run,
+            base=prepared.base_name,
+            listener=make_display(),
+            resume=resume,
+            hooks=Hooks(
+                # As PEFT's users do: the adapter's folder alone then says how to talk to it.
+                companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
+                forecast=lambda settings, load: expect(prepared.plan, settings, load),
+                adopt=adopts,
+                prove=is_proved(plan.device, plan.memory),
+                began=sitting_began(),
+                step_seconds=plan.time.step_seconds,
+                weights=weights,
+            ),
+        )
     if "train" in result.measured.peaks:  # else all was done before: what was measured then stays
         found = compared(plan, result.measured)
         write_json(run.plan, {**as_document(plan), "measured": found})
@@ -108,6 +120,19 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
         if time.monotonic() - began > _WORTH_MEASURING:
             _measure_machine(plan.device)
     return result, decoder
+
+
+@contextmanager
+def _stopped_at_once(run: RunDirectory) -> Iterator[None]:
+    """Say what there is to go on from where a second signal leaves the training wherever it was."""
+    from luthier.train.checkpoints import Checkpoints
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        newest = Checkpoints(run.checkpoints).steps()
+        good = f"the newest checkpoint is of step {newest[0]}" if newest else "there is no checkpoint yet"
+        raise Interrupted(f"{stopped_by(stop)}: stopped at once; {good}") from stop
 
 
 def _measure_machine(device: Device) -> None:
@@ -133,7 +158,7 @@ def _measure_machine(device: Device) -> None:
 
 def _measured(run: RunDirectory) -> object:
     """What an earlier sitting of the run measured; None where none has come to its end."""
-    return cast("dict[str, object]", read_json(run.plan)).get("measured") if run.plan.is_file() else None
+    return read_object(run.plan).get("measured") if run.plan.is_file() else None
 
 
 def _held_against(found: Mapping[str, object]) -> str:
@@ -164,25 +189,11 @@ def _write_data(prepared: Prepared, run: RunDirectory) -> None:
         write_text(run.rejected, "\n".join(lines) + "\n")
 
 
-def check_free(run: RunDirectory, recipe: Recipe, *, resume: bool) -> None:
-    """Raise UsageError where `run` holds another run, or a recipe that this one would overwrite."""
-    from luthier.train.loop import check_directory
-
-    if run.path.exists() and not run.path.is_dir():
-        raise UsageError(f"{run.path} is a file, not a run directory", "choose another place with --out")
-    check_directory(run, resume=resume)
-    if not resume and run.recipe.is_file() and run.recipe.read_text(encoding="utf-8") != dump_recipe(recipe):
-        raise UsageError(
-            f"{run.recipe} is there already, and training would write another in its place",
-            "train into a directory of its own (--out)",
-        )
-
-
 def _load(prepared: Prepared, more: str) -> Decoder:
     from luthier.cli.loading import load_base
 
     settings = prepared.plan.settings
-    with console.waiting(f"loading {prepared.recipe.model}{more}"):
+    with console.waiting(f"loading {prepared.recipe.model}{more}"), stage("the model was loaded"):
         return load_base(prepared.base, settings.precision, settings.device, settings.quantize)
 
 
@@ -203,15 +214,17 @@ def evaluate(prepared: Prepared, run: RunDirectory, decoder: Decoder | None = No
     from luthier.evaluate.compare import as_document, compare
     from luthier.train.attention import attention_of
 
-    trained = cast("dict[str, object]", read_json(run.data))
-    if trained["digest"] != prepared.digest:
+    if read_object(run.data).get("digest") != prepared.digest:
         raise DataError(
             f"the data is not what {run.path} was trained on, so nothing says which rows were held out",
             "put the rows back as they were, or train again on the new ones",
         )
     decoder = load_tuned(prepared, run) if decoder is None else decoder
-    asking = console.counting("asking base and tuned the same held-out questions")
-    with attention_of(decoder, prepared.plan.settings.attention), asking as advance:
+    with (
+        stage("base and tuned were compared"),
+        attention_of(decoder, prepared.plan.settings.attention),
+        console.counting("holding base against tuned on held-out rows") as advance,
+    ):
         comparison = compare(decoder, prepared.dataset, prepared.recipe.evaluate, progress=advance)
     document = as_document(comparison)
     write_json(run.evaluation, document)
@@ -234,7 +247,7 @@ def run_all(prepared: Prepared, run: RunDirectory, *, resume: bool) -> dict[str,
     return {
         "schema": SCHEMA_VERSION,
         "run": str(run.path),
-        "plan": read_json(run.plan),
+        "plan": read_object(run.plan),
         "train": train_document(result, run),
         "evaluation": evaluated,
         "exports": exported,

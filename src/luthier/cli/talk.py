@@ -14,6 +14,7 @@ from luthier.data.conversation import Turn
 from luthier.errors import UsageError
 from luthier.generate.generate import Completion, complete
 from luthier.generate.sampling import SamplingSpec
+from luthier.guard.secrets import visible
 
 __all__ = ["Limits", "answer_once", "converse", "open_target", "read_prompt"]
 
@@ -103,7 +104,8 @@ def _system(text: str | None) -> tuple[Turn, ...]:
 
 def _answer(voice: Voice, turns: list[Turn], limits: Limits, *, quiet: bool) -> Completion:
     def show(piece: str) -> None:
-        sys.stdout.write(piece)
+        # A model may have learned escape sequences; into a file goes what it said, to the last character.
+        sys.stdout.write(visible(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
 
     answer = complete(

@@ -1,0 +1,104 @@
+"""Around every command that writes into a run directory: it alone works there, and it ends well when it is interrupted.
+
+    with working(run, "luthier export", resumes=False):     the lock; SIGINT, SIGTERM and SIGHUP become Interrupted
+        with stage("gguf was written"):                     what the message says was going on
+            …
+
+Outside training every write is atomic, so a stage is simply left where it is, and done again by the next command; in
+training train/signals.py takes the signals over until it is through. A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from rich.markup import escape
+
+from luthier import lock
+from luthier.cli import console
+from luthier.errors import Interrupted
+from luthier.train.signals import STOPPING, leave_terminal, terminals
+
+__all__ = ["sitting_began", "stage", "stopped_by", "working"]
+
+_AGAIN = "run the same command again"
+_BEGAN: ContextVar[float | None] = ContextVar("began", default=None)
+
+
+@contextmanager
+def working(run: Path, command: str, *, resumes: bool) -> Iterator[None]:
+    """Hold the run directory `run` as `command` while the block runs; `resumes`: whether the command knows --resume.
+
+    Raises UsageError where another process works there, Interrupted where a signal came.
+    """
+    began = _BEGAN.set(time.monotonic())
+    again = f"{_AGAIN} with --resume to go on from there" if resumes else _AGAIN
+    try:
+        with _stopping_signals(), stage(f"{command} was at work"), lock.hold(run, command, _say):
+            yield
+    except Interrupted as stop:
+        raise Interrupted(stop.message, stop.remedy or again) from stop
+    finally:
+        _BEGAN.reset(began)
+
+
+def _say(line: str) -> None:
+    console.say(f"[dim]{escape(line)}[/]")
+
+
+@contextmanager
+def stage(doing: str) -> Iterator[None]:
+    """Turn an interruption in the block into Interrupted, which says what was going on: the innermost stage's word."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"{stopped_by(stop)}: stopped while {doing}; nothing is left half-written") from stop
+
+
+def stopped_by(stop: KeyboardInterrupt) -> str:
+    """The name of the signal behind it."""
+    received = stop.args[0] if stop.args else signal.SIGINT  # without one it is Python's own handler's
+    return signal.Signals(received).name
+
+
+def sitting_began() -> float | None:
+    """When the command at work began, by time.monotonic(); None outside of `working`."""
+    return _BEGAN.get()
+
+
+@contextmanager
+def _stopping_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise in the main thread, the first time; handlers are as before afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came, here = False, terminals()
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        nonlocal came
+        if number == signal.SIGHUP:  # the terminal is gone: what is written to it now would be an error
+            leave_terminal(here)
+        if came:
+            os._exit(Interrupted.exit_code)
+        came = True
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = [(number, signal.getsignal(number)) for number in STOPPING]
+    caught = [number for number, handler in before if number != signal.SIGHUP or handler != signal.SIG_IGN]
+    try:
+        for number in caught:  # but for SIGHUP where nohup has it ignored
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before:
+            if number in caught:
+                signal.signal(number, handler)
