@@ -76,6 +76,8 @@ TOO_LARGE = {
     "tojson": "{{ {'a': [1]}|tojson(indent=10**9) }}",
     "bytes": "{{ (5).to_bytes(10**10, 'big') }}",
     "escapes of escapes": grow("'\"'", "ns.x|tojson"),
+    "a date of a long format": "{{ strftime_now('%999999999d' ~ 'x' * 999999) }}",
+    "a date many times": "{{ strftime_now('%c' * 999999) }}",
     "a block": "{% set x %}{% for i in range(99999) %}{{ 'a' * 10000000 ~ i }}{% endfor %}{% endset %}",
     "much written": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
     "much of the same": "{% set x = 'a' * 9999999 %}{% for a in range(99999) %}{{ x }}{% endfor %}",
@@ -111,6 +113,28 @@ def message_of(source: str) -> str:
 def test_what_is_refused_says_why(name: str) -> None:
     source, reason = REFUSED[name]
     assert reason in message_of(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ raise_exception('no ' * 99999) }}", "the chat template refuses the conversation: no no "),
+        ("{% " + "a" * 99999 + " %}", "the chat template is not valid jinja: Encountered unknown tag 'aaa"),
+        ("{{ ''['__class__' * 9999] }}{{ 'a' | attr('b' * 99999) + 1 }}", "the chat template "),
+    ],
+)
+def test_what_a_template_says_is_told_shortly(source: str, said: str) -> None:
+    """It is told of every row."""
+    message = message_of(source)
+    assert message.startswith(said)
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("form", ["%999999999d", "%999999999d" * 23, "%Y" * 128])
+def test_the_widths_of_a_dates_format_are_bounded(form: str) -> None:
+    """By Python, which gives a format up that makes more than 256 times its length."""
+    made = render_chat(f"{{{{ strftime_now('{form}') }}}}", TURNS, generation_prompt=False, special={})
+    assert len(made) <= 2**17
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit on memory is Linux's")

@@ -120,6 +120,19 @@ def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("shape", [(48,), (), (3, 48, 1)])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_factors_that_are_no_matrices_are_refused(
+    base: Path, tmp_path: Path, factor: str, shape: tuple[int, ...]
+) -> None:
+    adapter = adapter_for(base, tmp_path / "adapter")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors[f"base_model.model.model.layers.1.mlp.down_proj.lora_{factor}.weight"] = torch.zeros(shape)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match=r"1 problem\(s\):\n  model\.layers\.1\.mlp\.down_proj\.weight: \(48, 80\)"):
+        merge(base, adapter, tmp_path / "out", alpaca(base))
+
+
 def test_half_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = adapter_for(base, tmp_path / "adapter")
     factors = load_file(adapter / "adapter_model.safetensors")

@@ -4,7 +4,7 @@ An input is a valid one with a few changes drawn from it by structure (a field's
 range, a bracket too many) and, now and then, by bytes. The seed is the only source of chance: `make(Random(seed))` is
 the same input on every machine, so a failure is repeated by its kind and seed alone.
 
-To add a kind: a class with `make` and `read` (models.py, texts.py, runs.py), one line in `CASES`.
+To add a kind: a class with `make` and `read` (models.py, texts.py, runs.py and others), one line in `CASES`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from tests.fuzz.adapters import Adapter
 from tests.fuzz.models import Config, Header, Index, Manifest, Tokenizer
 from tests.fuzz.runs import Checkpoint, EventLines
+from tests.fuzz.settings import TokenizerSettings
 from tests.fuzz.texts import Recipe, Rows, Template
 
 
@@ -37,6 +39,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "JSONL rows": Rows,
     "chat templates": Template,
     "tokenizer.json": Tokenizer,
+    "tokenizer settings": TokenizerSettings,
+    "adapters": Adapter,
     "checkpoint manifests": Manifest,
     "checkpoint files": Checkpoint,
     "event logs": EventLines,

@@ -100,12 +100,12 @@ class Config:
         return twice(text, chance) if chance.random() < 0.05 else bent_sometimes(text, chance)
 
     def read(self, text: bytes, folder: Path) -> None:
-        from luthier.model.config import parameters, projection_shapes, read_config
+        from luthier.model.config import MOST_PARAMETERS, parameters, projection_shapes, read_config
 
         (folder / "config.json").write_bytes(text)
         (folder / "generation_config.json").write_bytes(text)
         config = read_config(folder)
-        assert parameters(config) > 0
+        assert 0 < parameters(config) <= MOST_PARAMETERS
         assert all(config.layer_window(layer) is None or config.window for layer in range(config.layers))
         assert len(projection_shapes(config)) == 7
 

@@ -135,6 +135,9 @@ class Template:
         *(
             "{{ raise_exception('no') }}",
             "{{ strftime_now('%' * 99) }}",
+            "{{ strftime_now('%999999999d') }}",
+            "{{ strftime_now('%9999999d' * 99999) }}",
+            "{{ raise_exception('no' * 999999) }}",
             "{{ 2 ** 99999 }}",
             "{{ 'x'.format(a) }}",
             "{{ '{0.__class__}'.format(1) }}",
@@ -187,8 +190,14 @@ class Template:
     def read(self, text: bytes, folder: Path) -> None:  # noqa: ARG002  (as the others)
         from luthier.data.conversation import Turn
         from luthier.data.jinja_chat import render_chat
+        from luthier.errors import DataError
 
         turns = (Turn("system", "be kind"), Turn("user", "hi {{ 7 * 7 }}"), Turn("assistant", "yes"))
         source = text.decode(errors="replace")
-        made = render_chat(source, turns, generation_prompt=False, special={"bos_token": "<s>", "eos_token": "</s>"})
-        assert isinstance(made, str)
+        special: dict[str, str | list[str]] = {"bos_token": "<s>", "eos_token": "</s>"}
+        try:
+            assert isinstance(render_chat(source, turns, generation_prompt=False, special=special), str)
+        except DataError as error:
+            if len(error.message) > 1000:
+                raise AssertionError("what is told of every row is short") from error
+            raise

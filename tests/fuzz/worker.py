@@ -64,6 +64,13 @@ def warm(case: Case, folder: Path) -> None:
             case.read(case.make(random.Random(-1 - number)), folder)
 
 
+def fault(error: LuthierError) -> str | None:
+    """What is wrong with how an input was refused; None where nothing is."""
+    if isinstance(error.__cause__, MemoryError):
+        return "refused only because this process has little memory"
+    return "an empty message, or a defect of ours" if not error.message or error.exit_code == 1 else None
+
+
 def run(kind: str, count: int, folder: Path) -> Outcome:
     """Read `count` inputs of a kind."""
     case, outcome = CASES[kind](), Outcome(kind)
@@ -87,8 +94,8 @@ def run(kind: str, count: int, folder: Path) -> Outcome:
             outcome.read += 1
         except LuthierError as error:
             outcome.refused += 1
-            if not error.message or error.exit_code == 1:
-                outcome.failures.append((number, f"an empty message, or a defect of ours: {error!r}"))
+            if said := fault(error):
+                outcome.failures.append((number, f"{said}: {error!r}"[:3000]))
         except BaseException as error:  # noqa: BLE001  (a panic of a compiled library is no Exception)
             shown = "".join(traceback.format_exception(error)[-6:])
             outcome.failures.append((number, f"{type(error).__name__}: {shown[-1500:]}"))

@@ -105,6 +105,9 @@ def test_yarns_attention_factor_is_its_formula(tmp_path: Path) -> None:
             {"model_type": "qwen3", "num_key_value_heads": 2, "layer_types": ["sliding_attention"] * 3},
             "there is no `sliding_window`",
         ),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**20}, "make a model of 4,5"),
+        ({"num_hidden_layers": 4096, "hidden_size": 2**20, "intermediate_size": 2**20}, "which no machine holds"),
+        ({"num_attention_heads": 2**17, "head_dim": 2**14}, "query heads of 2,147,483,648 elements together"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(tmp_path: Path, changes: dict[str, object], said: str) -> None:
@@ -158,6 +161,12 @@ def test_qwen2_5_0_5b_by_its_published_numbers() -> None:
     """494 032 768 weights: tied, with biases on q, k and v."""
     config = ModelConfig("qwen2", 151936, 896, 4864, 24, 14, 2, 64, tied=True, attention_bias=True)
     assert parameters(config) == 494_032_768
+
+
+def test_the_largest_models_pass(tmp_path: Path) -> None:
+    """Two trillion parameters, more than any that is published."""
+    sizes = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 128, "vocab_size": 2**18}
+    assert parameters(read_config(write(tmp_path, **sizes, num_attention_heads=256))) > 2e12
 
 
 def test_windows_by_layer() -> None:

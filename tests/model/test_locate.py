@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import FileError, ModelError
-from luthier.model.locate import locate_config, locate_model, weight_files
+from luthier.model.locate import locate_config, locate_model, pinned_to, weight_files
 from tests import tiny
 
 TERMS = {
@@ -321,3 +321,11 @@ def test_a_shard_outside_the_folder_is_not_followed(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileError, match="leads out of its folder"):
         locate_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "~nobody-of-this-name"])
+def test_the_home_of_nobody(name: str) -> None:
+    assert pinned_to(name, COMMIT) == name
+    for find in (locate_model, locate_config):
+        with pytest.raises(ModelError, match=f"there is no folder {name}"):
+            find(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +182,7 @@ def test_settings_say_what_they_expect_and_got(refused: Refused, line: str, reas
         ("train: {batch_size: 4, micro_batch: 8}", 3, "`train.micro_batch` 8 does not divide"),
         ("split: {train: 0.8}", 3, "the fractions under `split` sum to 0.9, not to 1"),
         ("export: [hf, gguf, hf]", 3, "`hf` stands twice in `export`"),
+        ("export: [hf, hf, hf]", 3, "`hf` stands twice in `export`"),
         ("adapter: {targets: [q_proj, q_proj]}", 3, "`q_proj` stands twice"),
         ("evaluate: {tasks: [pirat]}", 3, "there is no task `pirat`"),
         ("train_on: all\nprompt_loss_weight: 0.1", 4, "with `train_on: all` every token counts in full"),
@@ -195,6 +197,61 @@ def test_rules_between_settings(refused: Refused, lines: str, line: int, reason:
     (problem,) = refused(BASE + lines)
     assert problem.line == line
     assert problem.reason.startswith(reason)
+
+
+VAST = {
+    "a batch of a hundred billion": (
+        "train: {batch_size: 100000000007, micro_batch: 99999999977}", "`train.micro_batch` 99999999977 does not"),
+    "a batch that only odd rows divide": (
+        "train: {batch_size: 1000000000000000003, micro_batch: 1000000000000000000}", "`train.micro_batch` 1"),
+    "unknown settings": ("\n".join(f"setting_{n}: 1" for n in range(11_000)), "more than 5,000 values and names"),
+    "unknown settings, as many as may be": (
+        "\n".join(f"setting_{n}: 1" for n in range(2_490)), "unknown setting `setting_0`"),
+    "long unknown settings": ("\n".join(f"{'x' * 70}{n}: 1" for n in range(2_490)), "unknown setting `xxx"),
+    "exports": (f"export: [{'hf,' * 60_000} hf]", "more than 5,000 values and names"),
+    "exports, as many as may be": (f"export: [{'hf,' * 4_980} hf]", "`hf` stands twice in `export`"),
+    "tasks": (f"evaluate: {{tasks: [{','.join(f't{n}' for n in range(4_980))}]}}", "there is no task `t0`"),
+    "tasks of another kind": (f"split: {{}}\nevaluate: {{tasks: [{'5, ' * 4_970} 5]}}", "`evaluate.tasks.0` must be"),
+    "empty lists": (f"export: [{'[],' * 4_980} []]", "`export.0` must be hf, gguf or ollama"),
+    "a list in block style": ("export:\n" + "- hf\n" * 35_000, "more than 5,000 values and names"),
+    "keys of a template": (f'template: "{"{a}" * 60_000}"', "`template` names {a} more than once"),
+    "braces of a template": (f'template: "{"{}" * 90_000}"', "`template`: braces must hold a key's name"),
+    "keys with formats": (
+        'template: "' + "".join(f"{{k{n}:>3}}" for n in range(18_000)) + '"', "`template`: braces must hold a key's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VAST)
+def test_what_is_vast_takes_no_time(refused: Refused, kind: str) -> None:
+    lines, reason = VAST[kind]
+    began = time.process_time()
+    problems = refused(BASE + lines)
+    took = time.process_time() - began
+    assert any(problem.reason.startswith(reason) for problem in problems), problems[:3]
+    assert len(problems) <= 201
+    assert took < 1.6, f"{took:.2f} s"
+
+
+def test_as_many_files_as_may_be(tmp_path: Path) -> None:
+    """A thousand with a weight each, which is many."""
+    path = tmp_path / "r.yaml"
+    files = "".join(f"  - {{path: part-{n}.jsonl, weight: 2}}\n" for n in range(990))
+    path.write_text("model: sprig\ndata:\n" + files, encoding="utf-8")
+    began = time.process_time()
+    assert len(load_recipe(path).data) == 990
+    assert time.process_time() - began < 1.6
+    path.write_text("model: sprig\ndata:\n" + files * 2, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert caught.value.problems[0].remedy == "name a folder under `data` instead of its files"
+
+
+def test_of_very_many_problems_the_first_are_shown(refused: Refused) -> None:
+    problems = refused(BASE + "seed: x\n" + "\n".join(f"gp{n}: 1" for n in range(300)))
+    assert [problem.line for problem in problems] == [*range(3, 203), None]
+    assert problems[0].reason.startswith("`seed` must be")
+    assert problems[199].remedy is not None
+    assert problems[200].reason == "and 101 problems more"
 
 
 def test_no_rows_to_train_on(refused: Refused) -> None:

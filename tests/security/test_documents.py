@@ -13,7 +13,7 @@ import pytest
 from luthier.errors import FileError
 from luthier.export.huggingface import base_license
 from luthier.guard.documents import read_object
-from luthier.guard.tokenizer import check_tokenizer
+from luthier.guard.tokenizer import check_tokenizer, probe
 from tests import tiny
 from tests.security.conftest import Refused
 
@@ -29,6 +29,9 @@ BOMBS = {
     "depth, block": (BASE + "\n".join(" " * n + "a:" for n in range(600)), "nested deeper than 12 levels"),
     "depth, lists": (BASE + "export:\n" + "- " * 50_000 + "a", "nested deeper than 12 levels"),
     "size": (BASE + "x: " + "y" * 10**6, "characters is too much for a recipe"),
+    "settings without end": (BASE + "\n".join(f"s{n}: 1" for n in range(15_000)), "more than 5,000 values and names"),
+    "a list without end": (BASE + f"export: [{'hf, ' * 49_000}hf]", "name a folder under `data` instead of its files"),
+    "a batch without end": (BASE + "train: {batch_size: 100000000007, micro_batch: 99999999977}", "does not divide"),
     "an object of Python's": (BASE + "seed: !!python/object/apply:os.system ['touch marker']", "the tag"),
     "an object by its name": (BASE + "seed: !!python/name:os.system", "the tag"),
     "a number of many digits": (BASE + "seed: " + "9" * 100_000, "`seed` must be a whole number"),
@@ -70,6 +73,20 @@ def test_json_that_is_more_than_a_document(tmp_path: Path, text: str, said: str)
 def test_the_same_value_twice_is_let_through(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": [1, {"b": 2.5}], "a": [1, {"b": 2.5}]}', encoding="utf-8")
     assert read_object(tmp_path / "config.json") == {"a": [1, {"b": 2.5}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 2**31 - 2, "intermediate_size": 2**20},
+        {"vocab_size": 2**31 - 1, "hidden_size": 2**20},
+        {"head_dim": 2**30},
+    ],
+)
+def test_a_config_whose_sizes_multiply(refused: Refused, model: Path, changes: dict[str, int]) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    refused(PLAN, "its sizes make a model of", "which no machine holds")
 
 
 @pytest.mark.parametrize("size", [10**9, 2**40])
@@ -170,6 +187,9 @@ TOKENIZERS: dict[str, tuple[bytes, str]] = {
         bomb("model", {"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}), "whole number below 4,194,304"),
     "a control token of a megabyte": (
         bomb("added_tokens", [{"id": 1, "content": "a" * 10**6, "special": True}]), "text of 1 to 200 characters"),
+    "control tokens without end": (
+        bomb("added_tokens", [{"id": n, "content": f"{n:0200d}", "special": True} for n in range(11_000)]),
+        "has added tokens of 2,200,000 characters together"),
     "an empty control token": (bomb("added_tokens", [{"id": 1, "content": "", "special": True}]), "1 to 200"),
     "depth": (bomb("decoder", json.loads('{"a":' * 60 + "1" + "}" * 60)), "nested deeper than 12 levels"),
     "depth without end": (b'{"a":' * 50_000 + b"}" * 50_000, "is not valid JSON"),
@@ -189,6 +209,109 @@ def test_tokenizers_that_run_away(refused: Refused, model: Path, kind: str) -> N
     (model / "tokenizer.json").write_bytes(content)
     ended = refused(PLAN, "tokenizer.json", said, panics=kind.startswith("a panic"))
     assert ended.out == ""
+
+
+def to_transformers(model: Path, **settings: object) -> None:
+    """Let the folder's tokenizer be one that transformers reads: with a setting that we do not know."""
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "unknown_here": 1, **settings}), encoding="utf-8")
+
+
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"eos_token": "a", "eos_token": "b"}', "gives 'eos_token' twice, with two values"),
+        ('{"a": ' + "[" * 40 + "]" * 40 + "}", "is nested deeper than 32 levels"),
+        ('{"a": ' + "[" * 90_000 + "]" * 90_000 + "}", "is not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "Fetch it again"),
+        ("[]", "does not hold a JSON object"),
+    ],
+)
+def test_the_files_beside_a_tokenizer(refused: Refused, model: Path, name: str, text: str, said: str) -> None:
+    """Before transformers reads them."""
+    to_transformers(model)
+    (model / name).write_text(text, encoding="utf-8")
+    refused(PLAN, name, said)
+
+
+def test_those_of_real_ones_pass(model: Path) -> None:
+    """As older versions of transformers wrote them, in a layout without tokenizer.json."""
+    from luthier.data.tokenizer import load_tokenizer
+
+    document = json.loads(tiny._tokenizer_json())
+    (model / "tokenizer.json").unlink()
+    vocabulary = document["model"]["vocab"]
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in document["model"]["merges"])]
+    (model / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (model / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    (model / "added_tokens.json").write_text('{"<|more|>": 400}', encoding="utf-8")
+    (model / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|eot_id|>"}}', encoding="utf-8")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}', encoding="utf-8")
+    made = load_tokenizer(model)
+    assert made.token_id("<|eot_id|>") == vocabulary["<|eot_id|>"]
+    assert len(made.encode("The quick brown fox")) < 15
+
+
+@pytest.mark.parametrize("token", ["<" + "a" * 599 + ">", "<" + "ab" * 100 + ">"])
+def test_a_control_token_of_the_settings_own(refused: Refused, model: Path, token: str) -> None:
+    """It is none of tokenizer.json: transformers adds it."""
+    to_transformers(model, bos_token=token)
+    refused(PLAN, "an added token that is not a text of 1 to 200 characters")
+
+
+def test_control_tokens_of_the_settings_own_without_end(refused: Refused, model: Path) -> None:
+    to_transformers(model, extra_special_tokens=[f"<{n:0190d}>" for n in range(11_000)])
+    refused(PLAN, "has added tokens of 2,112,", "characters together")
+
+
+def test_an_id_without_end_beside_a_tokenizer(refused: Refused, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "vocab.json").write_text('{"a": 0, "b": 4194304}', encoding="utf-8")
+    (model / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}', encoding="utf-8")
+    refused(PLAN, "whose id is not a whole number below 4,194,304")
+
+
+@pytest.mark.parametrize("content", ["<", "<|é"])
+def test_control_tokens_of_the_greatest_length_each_in_the_next(model: Path, content: str) -> None:
+    """As deep as the expression that finds them can be."""
+    from luthier.data.tokenizer import load_tokenizer
+
+    document = json.loads(tiny._tokenizer_json())
+    texts = [content + "a" * n for n in range(1, 201 - len(content))]
+    first = len(document["model"]["vocab"])
+    more = [{**document["added_tokens"][0], "id": first + n, "content": text} for n, text in enumerate(texts)]
+    document["added_tokens"] += more
+    (model / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    to_transformers(model)
+    made = load_tokenizer(model)
+    assert made.control_pattern.findall("x" + texts[-1] + texts[3] + " ") == [texts[-1], texts[3]]
+
+
+class Slow:
+    """A tokenizer that waits, or works, before it answers; the real ones do the one only beside other programs."""
+
+    def __init__(self, works: bool) -> None:
+        self.works = works
+
+    def encode(self, sequence: str) -> object:
+        end = time.monotonic() + 0.05
+        while time.monotonic() < end:
+            if not self.works:
+                time.sleep(0.05)
+        return sequence
+
+
+def test_a_busy_machine_is_not_the_tokenizers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.guard.tokenizer._PROBE_SECONDS", 0.02)
+    probe(Slow(works=False), tmp_path)
+    with pytest.raises(FileError, match=r"takes more than 0\.02 s of processor time"):
+        probe(Slow(works=True), tmp_path)
 
 
 def test_a_tokenizer_larger_than_any(tmp_path: Path) -> None:

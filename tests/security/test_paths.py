@@ -122,6 +122,37 @@ def test_but_no_links_that_the_hub_would_not_make(in_the_cache: Path, target: Ca
 
 
 def test_a_name_that_stays_inside(model: Path) -> None:
-    (model / "sub").mkdir()
-    (model / "sub" / "a b.safetensors").write_bytes(b"x")
-    assert inside(model, "sub/a b.safetensors", model) == model / "sub" / "a b.safetensors"
+    (model / "a b.safetensors").write_bytes(b"x")
+    assert inside(model, "a b.safetensors", model) == model / "a b.safetensors"
+
+
+def test_an_index_names_files_beside_it(refused: Refused, model: Path) -> None:
+    """Two of one name in two folders below would become one when they are merged."""
+    for number in (1, 2):
+        (model / f"part{number}").mkdir()
+        shutil.copyfile(model / "model.safetensors", model / f"part{number}" / "x.safetensors")
+    index = {"weight_map": {"model.norm.weight": "part1/x.safetensors", "lm_head.weight": "part2/x.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    refused(TRAIN, "names the file 'part1/x.safetensors', which lies in a folder below", "Move it up")
+
+
+TOO_LARGE = ("config.json", "tokenizer.json", "vocab.json", "chat_template.jinja", "merges.txt", "LICENSE", "README.md")
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_a_file_that_is_read_whole_has_a_size(model: Path, name: str) -> None:
+    with (model / name).open("ab") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(FileError, match=f"{name} has 67,108,865 bytes"):
+        check_folder(model)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "log.txt", "notes.md"])
+def test_files_that_nobody_reads_have_any_size_but_are_no_links_out(model: Path, tmp_path: Path, name: str) -> None:
+    with (model / name).open("wb") as file:
+        file.truncate(80_000_000)
+    check_folder(model)
+    (model / name).rename(tmp_path / name)
+    (model / name).symlink_to(tmp_path / name)
+    with pytest.raises(FileError, match=f"{name} is a link that leads out"):
+        check_folder(model)

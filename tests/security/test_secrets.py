@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +24,9 @@ OWN = "correct-horse-battery-staple"
 LOOKS = {
     "Hugging Face": HF,
     "OpenAI": "sk-proj-" + "a1B2c3D4e5" * 4,
+    "OpenAI, before projects": "sk-" + "a1B2c3D4e5" * 4,
+    "Anthropic": "sk-ant-api03-" + "a1B2c3D4e5" * 4,
+    "others of its kind": "sk-" + "0f1e2d3c4b5a6978" * 2,
     "GitHub": "ghp_" + "a1B2c3D4e5" * 3,
     "AWS": "AKIA" + "ABCD1234EFGH5678",
     "a header": "Authorization: Bearer abc.def-ghi_jkl",
@@ -34,7 +40,7 @@ def test_what_looks_like_a_secret_is_taken_out(kind: str) -> None:
     text = redact(f"before {LOOKS[kind]} after")
     assert REDACTED in text
     assert text.startswith("before ")
-    for part in ("AbCdEfGhIj", "a1B2c3D4e5", "ABCD1234EFGH5678", "abc.def-ghi_jkl", "geheim", "abcdef123"):
+    for part in ("AbCdEfGhIj", "a1B2c3D4e5", "ABCD1234EFGH5678", "abc.def-ghi_jkl", "geheim", "abcdef123", "0f1e2d"):
         assert part not in text
 
 
@@ -46,6 +52,8 @@ def test_what_looks_like_a_secret_is_taken_out(kind: str) -> None:
             "https://host.example:8080/path",
             "tokens_per_second 12.5",
             "git@host.example:owner/name",
+            "sk-wikipedia_articles_2024_clean.jsonl",
+            "sk-Wikipedia_Articles_clean.jsonl",
             "0123456789abcdef" * 4,
         ),
     ],
@@ -96,9 +104,6 @@ def test_no_command_shows_them(
     monkeypatch.setenv("HF_TOKEN", OWN)
     (tmp_path / f"{OWN}.yaml").write_text(f"model: sprig\ndata: {HF}\n", encoding="utf-8")
     if debug:
-        import subprocess
-        import sys
-
         done = subprocess.run(
             [sys.executable, "-m", "luthier", "plan", f"{OWN}.yaml", *debug],
             capture_output=True,
@@ -230,4 +235,36 @@ def test_no_answer_moves_the_cursor(luthier: Command, monkeypatch: pytest.Monkey
 
 
 def test_line_breaks_and_tabs_stay() -> None:
-    assert printable("a\n\tb é 你好 \x1b[31m\x00") == "a\n\tb é 你好 \\x1b[31m\\x00"
+    assert printable("a\n\tb é 你好 🦙 \x1b[31m\x00") == "a\n\tb é 你好 🦙 \\x1b[31m\\x00"
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9.yaml")
+
+
+def test_names_that_are_not_in_utf8(luthier: Command, tmp_path: Path) -> None:
+    """Such as other systems, or older ones, give; Python has halves of surrogate pairs for their bytes."""
+    ended = luthier("plan", NOT_UTF8, "--json")
+    assert ended.code == 2, ended.err
+    assert "caf\\udce9.yaml: there is no such recipe file" in json.loads(ended.out)["error"]["message"]
+    with EventLog.opened(tmp_path / "events.jsonl") as log:
+        log.write(WarningEvent(step=1, message=f"cannot read {NOT_UTF8}"))
+    (line,) = (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["message"] == "cannot read caf\\udce9.yaml"
+
+
+def test_a_recipe_of_such_a_name_is_planned(luthier: Command, tmp_path: Path) -> None:
+    (tmp_path / NOT_UTF8).write_text("model: sprig\ndata: pirate\n", encoding="utf-8")
+    for words in ((), ("--json",)):
+        ended = luthier("plan", NOT_UTF8, *words)
+        assert ended.code == 0, ended.err
+    assert json.loads(ended.out)
+
+
+def test_no_traceback_moves_the_cursor(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "luthier", "plan", "a\x1b[2J\u202e.yaml", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "\n    " in done.stderr, "line breaks stay"
+    assert "a\\x1b[2J\\u202e.yaml" in done.stderr
+    assert not {"\x1b", "\u202e"} & set(done.stderr)

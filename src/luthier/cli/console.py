@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from luthier.errors import LuthierError
-from luthier.guard.secrets import printable, redact, visible
+from luthier.guard.secrets import printable, visible
 
 __all__ = [
     "Advance",
@@ -72,8 +72,8 @@ def print_failure(error: LuthierError, exit_code: int) -> None:
 
 
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own traceback on stderr, without secrets: for `sys.excepthook`."""
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+    """Python's own traceback on stderr, without secrets and control characters: for `sys.excepthook`."""
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
 
 
 def print_error(error: LuthierError) -> None:

@@ -62,12 +62,21 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateError(message)
 
 
+LONGEST_DATE_FORMAT = 256
+"""Characters. What a format makes is one step in C, to which neither limit reaches: `%999999999d` asks for a billion
+zeros, and gets memory for 256 characters to each of the format's own before Python gives up."""
+
+
 def _strftime(form: str) -> str:
+    if len(form) > LONGEST_DATE_FORMAT:
+        raise TooLargeError(f"a date by a format of more than {LONGEST_DATE_FORMAT} characters")
     return TEMPLATE_DATE.strftime(form)
 
 
 LONGEST_TEMPLATE = 2**18
 """Characters; the longest templates of published models have a tenth of it."""
+_LONGEST_SAID = 500
+"""Characters: what a template says (`raise_exception`) is told of every row that it refuses."""
 _REMEDY = "use another `template`, such as alpaca"
 _FAILURES = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError, RuntimeError),
@@ -91,7 +100,7 @@ def _compiled(source: str) -> jinja2.Template:
     try:
         return within_limit(environment.template, source)
     except jinja2.TemplateSyntaxError as error:
-        message = f"the chat template is not valid jinja: {error.message} (line {error.lineno})"
+        message = f"the chat template is not valid jinja: {_said(error)} (line {error.lineno})"
         raise DataError(message, _REMEDY) from error
     except RunawayError as error:
         raise DataError("the chat template takes too long to compile", _REMEDY) from error
@@ -100,7 +109,9 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _said(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    said = error.message if isinstance(error, jinja2.TemplateSyntaxError) else str(error)  # str: its source line too
+    said = said or type(error).__name__
+    return said if len(said) <= _LONGEST_SAID else said[:_LONGEST_SAID] + "…"
 
 
 class ChatTemplate:

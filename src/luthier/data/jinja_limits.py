@@ -50,10 +50,10 @@ _WIDE = re.compile(r"\d{6,}|[:*][^}]*\{|%[^a-zA-Z%]*\*")
 
 
 class TooLargeError(Exception):
-    """A template makes something larger than `LIMIT`."""
+    """A template makes something larger than `LIMIT`; `what` says it in other words."""
 
-    def __init__(self) -> None:
-        super().__init__(f"it makes a text or a list of more than {LIMIT:,} characters")
+    def __init__(self, what: str = f"a text or a list of more than {LIMIT:,} characters") -> None:
+        super().__init__(f"it makes {what}")
 
 
 def _weight(*values: object) -> int:

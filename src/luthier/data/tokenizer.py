@@ -37,7 +37,14 @@ from luthier.errors import DataError, FileError, ModelError
 from luthier.guard.documents import read_object
 from luthier.guard.inside import check_folder
 from luthier.guard.keys import Keys
-from luthier.guard.tokenizer import MOST_TOKENS, check_tokenizer, no_panic, probe
+from luthier.guard.tokenizer import (
+    MOST_TOKENS,
+    TOKENIZER_BYTES,
+    check_made,
+    check_tokenizer,
+    no_panic,
+    probe,
+)
 
 __all__ = ["ChatTokenizer", "Guarded", "Tokens", "has_tokenizer", "load_tokenizer"]
 
@@ -46,6 +53,12 @@ Guarded: TypeAlias = tuple[str, str]
 
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xF1000))
 """Code points that Unicode gives no meaning to: where a mark is taken from."""
+
+_READ_BY_TRANSFORMERS = (
+    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    "chat_template.json",
+)
+"""JSON objects beside tokenizer.json, which has a check of its own."""
 
 _Tree: TypeAlias = dict[str, "_Tree"]
 
@@ -338,9 +351,12 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
             raise ModelError(message, error.remedy) from error
     with no_panic(whole):
         made = _load(folder)
-    probe(made.backend, whole)
+    backend = made.backend
+    added = (token.content for token in backend.get_added_tokens_decoder().values())
+    check_made(folder, backend.get_vocab(with_added_tokens=True).values(), added)
+    probe(backend, whole)
     about = About(made.special, made.eos_ids, made.chat_template, made.fingerprint)
-    keep_tokenizer(folder, made.backend, about)
+    keep_tokenizer(folder, backend, about)
     return made
 
 
@@ -357,6 +373,9 @@ def _load(folder: Path) -> ChatTokenizer:
 
 
 def _load_by_transformers(folder: Path) -> ChatTokenizer:
+    for name in _READ_BY_TRANSFORMERS:  # which reads them with less care than we do
+        if (folder / name).is_file():
+            read_object(folder / name, TOKENIZER_BYTES)
     from transformers import AutoTokenizer  # here: it takes seconds
 
     try:

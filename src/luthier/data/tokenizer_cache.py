@@ -25,8 +25,8 @@ from luthier.runs import atomic_folder, write_json
 
 __all__ = ["About", "find_tokenizer", "keep_tokenizer"]
 
-_VERSION = 1
-"""Raised when ours makes other things of the same files."""
+_VERSION = 2
+"""Raised when ours makes other things of the same files, or refuses some that it made."""
 
 _FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -31,7 +31,7 @@ from torch import Tensor
 from luthier.data.render import Template
 from luthier.errors import ExportError, FileError
 from luthier.guard.documents import read_object
-from luthier.guard.header import StoredTensor, check_safetensors
+from luthier.guard.header import Header, StoredTensor, check_safetensors
 from luthier.guard.inside import check_folder
 from luthier.model.adapter import PREFIX, WEIGHTS, read_adapter_config
 from luthier.model.config import ModelConfig, read_config
@@ -164,11 +164,10 @@ def _listed(lines: list[str]) -> str:
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Around the reading of one of the base's weight files: ExportError where it is not whole."""
+def _readable(file: Path) -> Iterator[Header]:
+    """Around the reading of one of the base's weight files, with its header: ExportError where it is not whole."""
     try:
-        check_safetensors(file)
-        yield
+        yield check_safetensors(file)
     except (SafetensorError, FileError, OSError) as error:
         remedy = "fetch the base again: the file is damaged, or its download was not completed"
         raise ExportError(f"{file} cannot be read: {error}", remedy) from error
@@ -177,8 +176,8 @@ def _readable(file: Path) -> Iterator[None]:
 def _headers(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in files:
-        with _readable(file):
-            found |= check_safetensors(file).tensors
+        with _readable(file) as header:
+            found |= header.tensors
     return found
 
 
@@ -193,8 +192,8 @@ def _own_dtype(headers: Mapping[str, StoredTensor]) -> StoredDtype:
 def _check(base: Path, headers: Mapping[str, StoredTensor], updates: Mapping[str, _Update]) -> None:
     problems = [f"{name}: the base has no such weight" for name in sorted(updates) if name not in headers]
     for name, update in sorted(updates.items()):
-        made = (update.B.shape[0], update.A.shape[1])
-        if name in headers and (headers[name].shape != made or update.A.shape[0] != update.B.shape[1]):
+        made = (*update.B.shape[:1], *update.A.shape[1:])  # of tensors with one dimension too
+        if name in headers and (headers[name].shape != made or update.A.shape[:1] != update.B.shape[1:]):
             problems.append(f"{name}: {headers[name].shape} in the base, {made} in the adapter")
     if problems:
         raise ExportError(

@@ -5,6 +5,7 @@
     inside.py      a name in an index stays in its folder
     documents.py   JSON of a bounded size and depth, no key twice
     tokenizer.py   a tokenizer.json that neither runs away nor takes the process down
+    wrong.py       how they say what is wrong
     secrets.py     tokens and control characters taken out of what is shown or written
 
 All raise FileError and nothing else. SECURITY.md says against whom.

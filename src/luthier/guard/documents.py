@@ -7,6 +7,7 @@ same value twice means the same to all, and is let through.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ import orjson
 
 from luthier.errors import FileError
 from luthier.guard.files import AGAIN, read_bounded
+from luthier.guard.wrong import Wrong, once
 
 __all__ = ["CONFIG_BYTES", "DEEPEST", "INDEX_BYTES", "read_object"]
 
@@ -26,10 +28,6 @@ _LONGEST_NUMBER = 64
 """Digits. Tokenizers say 10^30 for "no length is too long"; what a number may be is its reader's to say."""
 
 
-class _Wrong(Exception):  # noqa: N818  (never leaves this file)
-    """What is wrong, as the rest of a sentence that begins with the file's name."""
-
-
 def read_object(path: Path, most: int = CONFIG_BYTES) -> dict[str, object]:
     """The JSON object in the file at `path`, of at most `most` bytes.
 
@@ -39,48 +37,45 @@ def read_object(path: Path, most: int = CONFIG_BYTES) -> dict[str, object]:
     text = read_bounded(path, most)
     try:
         return _parsed(text.removeprefix(b"\xef\xbb\xbf"))
-    except _Wrong as wrong:
+    except Wrong as wrong:
         raise FileError(path, str(wrong), AGAIN) from None
 
 
 def _parsed(text: bytes) -> dict[str, object]:
     if text.count(b",") > _MOST_ENTRIES or text.count(b"[") + text.count(b"{") > _MOST_ENTRIES:
-        raise _Wrong(f"has more than {_MOST_ENTRIES:,} entries")
+        raise Wrong(f"has more than {_MOST_ENTRIES:,} entries")
     try:
         orjson.loads(text)  # the stricter of the two: UTF-8, no half of a surrogate pair, nothing but JSON
-        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_number, parse_constant=_none)
+        found = json.loads(
+            text,
+            object_pairs_hook=partial(once, or_same=True),
+            parse_int=_whole,
+            parse_float=_number,
+            parse_constant=_none,
+        )
     except (ValueError, RecursionError) as error:
-        raise _Wrong(f"is not valid JSON: {error}") from None
+        raise Wrong(f"is not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        raise _Wrong("does not hold a JSON object")
+        raise Wrong("does not hold a JSON object")
     _check_depth(found)
     return found
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        for key, value in pairs:
-            if made[key] != value or type(made[key]) is not type(value):
-                raise _Wrong(f"gives {key[:200]!r} twice, with two values")
-    return made
-
-
 def _whole(text: str) -> int:
     if len(text) > _LONGEST_NUMBER:
-        raise _Wrong(f"holds the number {text[:30]}, which is too large for what it may say")
+        raise Wrong(f"holds the number {text[:30]}, which is too large for what it may say")
     return int(text)
 
 
 def _number(text: str) -> float:
     made = float(text)
     if made in (float("inf"), float("-inf")):
-        raise _Wrong(f"holds the number {text[:30]}, which is too large for what it may say")
+        raise Wrong(f"holds the number {text[:30]}, which is too large for what it may say")
     return made
 
 
 def _none(name: str) -> NoReturn:
-    raise _Wrong(f"is not valid JSON: {name}")
+    raise Wrong(f"is not valid JSON: {name}")
 
 
 def _check_depth(found: object) -> None:
@@ -89,7 +84,7 @@ def _check_depth(found: object) -> None:
         level = [item for holder in level for item in _inside(holder)]
         if not level:
             return
-    raise _Wrong(f"is nested deeper than {DEEPEST} levels")
+    raise Wrong(f"is nested deeper than {DEEPEST} levels")
 
 
 def _inside(holder: object) -> list[object]:

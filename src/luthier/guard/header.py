@@ -19,6 +19,7 @@ from typing import NamedTuple, NoReturn
 
 from luthier.errors import FileError
 from luthier.guard.files import AGAIN, open_plain
+from luthier.guard.wrong import Wrong, once
 
 __all__ = ["BITS", "Header", "StoredTensor", "check_safetensors"]
 
@@ -59,10 +60,6 @@ class Header:
     metadata: Mapping[str, str]
 
 
-class _Wrong(Exception):  # noqa: N818  (never leaves this file)
-    """What is wrong, as the rest of a sentence that begins with the file's name."""
-
-
 def check_safetensors(path: Path) -> Header:
     """The header of the safetensors file at `path`, every statement of it checked against the file.
 
@@ -74,9 +71,9 @@ def check_safetensors(path: Path) -> Header:
             raw, start = _header_bytes(file.read(8), size), 8
             header = file.read(raw)
             if len(header) != raw:
-                raise _Wrong("became shorter while it was read")
+                raise Wrong("became shorter while it was read")
         return _checked(_parsed(header), start + raw, size)
-    except _Wrong as wrong:
+    except Wrong as wrong:
         raise FileError(path, f"cannot be read as a safetensors file: it {wrong}", AGAIN) from None
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}", "Look at the disk it is on.") from error
@@ -84,50 +81,41 @@ def check_safetensors(path: Path) -> Header:
 
 def _header_bytes(first: bytes, size: int) -> int:
     if len(first) < 8:
-        raise _Wrong(f"has {size} bytes, fewer than the length of a header takes")
+        raise Wrong(f"has {size} bytes, fewer than the length of a header takes")
     length = int.from_bytes(first, "little")
     if length > size - 8:
-        raise _Wrong(f"claims a header of {length:,} bytes and has {size:,}")
+        raise Wrong(f"claims a header of {length:,} bytes and has {size:,}")
     if length > LONGEST_HEADER:
-        raise _Wrong(f"claims a header of {length:,} bytes; the format allows {LONGEST_HEADER:,}")
+        raise Wrong(f"claims a header of {length:,} bytes; the format allows {LONGEST_HEADER:,}")
     return length
 
 
 def _parsed(header: bytes) -> dict[str, object]:
     """The header's JSON object, no key of it twice."""
     if header[:1] != b"{":
-        raise _Wrong("has a header that does not begin with {")
+        raise Wrong("has a header that does not begin with {")
     # What a text can become in memory is known from its signs: each object, list or number needs one of these.
     if header.count(b"{") > MOST_TENSORS + 2 or header.count(b"[") > 2 * MOST_TENSORS + 2:
-        raise _Wrong(f"names more than {MOST_TENSORS:,} tensors")
+        raise Wrong(f"names more than {MOST_TENSORS:,} tensors")
     if header.count(b",") > 2 * MOST_DIMENSIONS * MOST_TENSORS:
-        raise _Wrong("has a header with more entries than tensors need")
+        raise Wrong("has a header with more entries than tensors need")
     if len(header) > _LONGEST_WIDE and not header.isascii():
-        raise _Wrong(f"has a header of {len(header):,} bytes that is not in ASCII")
+        raise Wrong(f"has a header of {len(header):,} bytes that is not in ASCII")
     try:
-        found = json.loads(header.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+        found = json.loads(header.decode(), object_pairs_hook=once, parse_constant=_no_constant)
     except UnicodeDecodeError:
-        raise _Wrong("has a header that is not in UTF-8") from None
+        raise Wrong("has a header that is not in UTF-8") from None
     except RecursionError:
-        raise _Wrong("has a header that is nested too deeply") from None
+        raise Wrong("has a header that is nested too deeply") from None
     except ValueError as error:  # json's own, and Python's for a number of thousands of digits
-        raise _Wrong(f"has a header that is not JSON: {error}") from None
+        raise Wrong(f"has a header that is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise _Wrong("has a header that is not one JSON object")
+        raise Wrong("has a header that is not one JSON object")
     return found
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Wrong(f"names {twice[:200]!r} twice")
-    return made
-
-
 def _no_constant(name: str) -> NoReturn:
-    raise _Wrong(f"has {name} in its header, which is not JSON")
+    raise Wrong(f"has {name} in its header, which is not JSON")
 
 
 def _checked(found: dict[str, object], start: int, size: int) -> Header:
@@ -136,24 +124,24 @@ def _checked(found: dict[str, object], start: int, size: int) -> Header:
     for name, entry in found.items():
         try:
             tensors[name] = _tensor(entry, start, size)
-        except _Wrong as wrong:
-            raise _Wrong(f"says of {name[:200]!r} what cannot be: {wrong}") from None
+        except Wrong as wrong:
+            raise Wrong(f"says of {name[:200]!r} what cannot be: {wrong}") from None
         if not name.isascii() and _has_lone_surrogate(name):
-            raise _Wrong(f"has a tensor whose name is no text: {name[:200]!r}")
+            raise Wrong(f"has a tensor whose name is no text: {name[:200]!r}")
     reached = start
     for begin, end, name in sorted((tensor.start, tensor.stop, name) for name, tensor in tensors.items()):
         if begin != reached:
             what = "shares bytes with the tensor before it" if begin < reached else "leaves a hole before it"
-            raise _Wrong(f"has a tensor {name[:200]!r} that {what} (at byte {begin:,}, not {reached:,})")
+            raise Wrong(f"has a tensor {name[:200]!r} that {what} (at byte {begin:,}, not {reached:,})")
         reached = end
     if reached != size:
-        raise _Wrong(f"has {size:,} bytes, its tensors end at {reached:,}")
+        raise Wrong(f"has {size:,} bytes, its tensors end at {reached:,}")
     return Header(tensors, metadata)
 
 
 def _metadata(found: object) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise _Wrong("has a __metadata__ that is not an object of texts")
+        raise Wrong("has a __metadata__ that is not an object of texts")
     return found
 
 
@@ -163,26 +151,26 @@ def _has_lone_surrogate(name: str) -> bool:
 
 def _tensor(entry: object, start: int, size: int) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
-        raise _Wrong("it must have dtype, shape and data_offsets and nothing else")
+        raise Wrong("it must have dtype, shape and data_offsets and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise _Wrong(f"there is no dtype {str(dtype)[:50]!r}")
+        raise Wrong(f"there is no dtype {str(dtype)[:50]!r}")
     if not _wholes(shape) or len(shape) > MOST_DIMENSIONS:
-        raise _Wrong(f"a shape is a list of up to {MOST_DIMENSIONS} whole numbers from 0")
+        raise Wrong(f"a shape is a list of up to {MOST_DIMENSIONS} whole numbers from 0")
     if not _wholes(offsets) or len(offsets) != 2:
-        raise _Wrong("data_offsets are two whole numbers from 0")
+        raise Wrong("data_offsets are two whole numbers from 0")
     begin, end = offsets
     if begin > end or end > size - start:
-        raise _Wrong(f"bytes {begin:,} to {end:,} of {size - start:,}")
+        raise Wrong(f"bytes {begin:,} to {end:,} of {size - start:,}")
     elements, unit = 1, 1  # `unit` leaves zeros out: a library that multiplies in another order must not overflow
     for length in shape:
         elements *= length
         unit *= length or 1
         if unit * bits > _LARGEST:
-            raise _Wrong("the product of its shape is too large for any file")
+            raise Wrong("the product of its shape is too large for any file")
     if elements * bits != 8 * (end - begin):
-        raise _Wrong(f"{dtype} of shape {shape} needs {elements * bits / 8:,.15g} bytes, it has {end - begin:,}")
+        raise Wrong(f"{dtype} of shape {shape} needs {elements * bits / 8:,.15g} bytes, it has {end - begin:,}")
     return StoredTensor(dtype, tuple(shape), start + begin, start + end)
 
 

@@ -22,21 +22,30 @@ _LONGEST_NAME, _LONGEST_PART = 1024, 255
 _READ = (".json", ".jinja", ".model", ".txt", ".md", ".safetensors")
 """Endings of the files of a model's folder that are read here, by the libraries, or copied into what is made of it."""
 _COPIED = ("LICENSE", "NOTICE", "USE_POLICY")
+_WHOLE = (
+    *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json", "README.md"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+)
+"""Names of those that are taken into memory at once. Other files, such as what a trainer left, may have any size."""
+_WHOLE_ENDINGS = (".jinja", ".model")
 _MOST_BYTES = 2**26
-"""Of a file that is not weights; the largest tokenizers have half of it."""
+"""Of such a file; the largest tokenizers have half of it."""
 
 
 def inside(folder: Path, name: str, source: Path) -> Path:
-    """The file `name` of `folder`, where it is a plain file in it. `source` is what names it, for the message.
+    """The file `name` of `folder`, where it is a plain file in it, not in a folder below: what is made of several files
+    would have several of one name. `source` is what names it, for the message.
 
     Raises:
-        FileError: the name leads out of the folder, is no name of a file, or there is no plain file of it.
+        FileError: the name leads out of the folder or further in, is no name, or there is no plain file of it.
     """
     if not is_name(name):
         raise FileError(source, f"names the file {name[:200]!r}, which leads out of its folder or is no name", _FETCH)
-    path = folder.joinpath(*name.split("/"))
-    check_inside(folder, path)
-    return path
+    if "/" in name:
+        raise FileError(source, f"names the file {name[:200]!r}, which lies in a folder below", "Move it up.")
+    check_inside(folder, folder / name)
+    return folder / name
 
 
 def is_name(name: str) -> bool:
@@ -86,8 +95,12 @@ def check_folder(folder: Path) -> None:
                 continue
             check_inside(folder, path)
             size = path.stat().st_size
-            if size > _MOST_BYTES and path.suffix != ".safetensors":
+            if size > _MOST_BYTES and _is_read_whole(path.name):
                 raise FileError(path, f"has {size:,} bytes; a file of this kind has at most {_MOST_BYTES:,}", _FETCH)
+
+
+def _is_read_whole(name: str) -> bool:
+    return name in _WHOLE or name.endswith(_WHOLE_ENDINGS) or name.startswith(_COPIED)
 
 
 def _files(folder: Path) -> list[Path]:

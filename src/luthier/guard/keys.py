@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from luthier.errors import ModelError
 
-__all__ = ["Keys"]
+__all__ = ["LARGEST_SIZE", "Keys"]
 
 LARGEST_SIZE = 2**31 - 1
 """What no size, position or token id of a model exceeds."""

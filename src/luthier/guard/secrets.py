@@ -29,14 +29,15 @@ _FEWEST_DIGITS = 12
 _LOOKS = re.compile(
     r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"  # Hugging Face
     r"|\bwandb_v1_[A-Za-z0-9_]{16,}|\blocal-[0-9a-f]{40}\b"
-    r"|\bsk-(?:[a-z0-9]+-)?[A-Za-z0-9_]{20,}"
+    r"|\bsk-(?:[a-z0-9]+-){0,2}(?:(?=\w*\d)(?=\w*[A-Z])[A-Za-z0-9_]{20,}|[0-9a-f]{32,}\b)"  # no file's name, mostly
     r"|\bgh[oprsu]_[A-Za-z0-9]{16,}|\bgithub_pat_[A-Za-z0-9_]{16,}"
     r"|\bAKIA[A-Z0-9]{12,}"
     r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"
     r"|(?<=[?&]token=)[^&\s'\"]+"
 )
 _ADDRESS = re.compile(r"(?<=://)[^/\s:@'\"]*:[^/\s@'\"]+(?=@)")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Halves of surrogate pairs too, which Python has for a name that is not in UTF-8: no file or JSON takes them."""
 
 
 def holds_secret(text: str) -> bool:
@@ -70,7 +71,7 @@ def _is_plain(value: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters but for line breaks and tabs written out (`\\x1b`)."""
+    """`text` with what is no character, and control characters but for line breaks and tabs, written out (`\\x1b`)."""
     return _CONTROLS.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 

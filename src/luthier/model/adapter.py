@@ -24,7 +24,7 @@ from luthier.guard.documents import read_object
 from luthier.guard.header import check_safetensors
 from luthier.guard.inside import check_folder
 from luthier.model.decoder import Decoder
-from luthier.model.lora import LoRA, LoRASpec, add_lora, lora_parameters, projections
+from luthier.model.lora import LoRA, LoRASpec, add_lora, lora_parameters, lora_shapes, projections
 from luthier.model.tensor_file import write_tensors
 from luthier.runs import write_json
 
@@ -41,6 +41,9 @@ HARMLESS = (
     *("layers_pattern", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
 )
 """Keys of PEFT that are read here, or that change nothing in a trained plain LoRA. Any other must be off."""
+
+_SHOWN = 200
+"""Problems of an adapter that are listed."""
 
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ do not."""
@@ -143,38 +146,53 @@ def _spec_of(decoder: Decoder) -> LoRASpec | None:
     return next((p.adapter.spec for _, p in projections(decoder) if isinstance(p.adapter, LoRA)), None)
 
 
+def _kind(spec: LoRASpec) -> tuple[int, tuple[str, ...], float]:
+    return spec.rank, spec.targets, spec.scaling
+
+
 def load_adapter(decoder: Decoder, folder: Path) -> None:
     """Put the adapter in `folder` into `decoder`, adding a LoRA of its kind where there is none.
 
-    Raises ModelError for a LoRA of another kind, and for every tensor that is missing, unexpected or misshaped. Nothing
-    is changed then, but for an added LoRA, which is at zero.
+    Raises ModelError for a LoRA of another kind, and for every tensor that is missing, unexpected or misshaped;
+    FileError where a file is damaged or not the folder's own. Nothing is changed then.
     """
     spec, _ = read_adapter_config(folder)
     path = folder / WEIGHTS
     if not path.is_file():
         raise ModelError(f"{folder} has no {WEIGHTS}; pickled adapters (.bin) are not read",
                          "Load it with PEFT and save it again: PEFT writes safetensors.")  # fmt: skip
+    present = _spec_of(decoder)
+    if present is not None and _kind(present) != _kind(spec):
+        raise ModelError(f"{folder} holds {spec}, the model has {present}", "Load the base model anew.")
+    # By the header alone: a rank of a billion is refused before memory is taken for it.
+    stored = {name: found.shape for name, found in check_safetensors(path).tensors.items()}
+    if problems := _misfits(stored, lora_shapes(decoder, spec)):
+        listed = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        said = f"the adapter {folder} does not fit this model:\n{listed}{more}"
+        raise ModelError(said, "Use it with its own base model.")
     try:
-        check_safetensors(path)
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "Save or fetch the adapter again.") from error
-    present = _spec_of(decoder)
     if present is None:
         add_lora(decoder, spec, seed=0)
-    elif (present.rank, present.targets, present.scaling) != (spec.rank, spec.targets, spec.scaling):
-        raise ModelError(f"{folder} holds {spec}, the model has {present}", "Load the base model anew.")
     masters = lora_parameters(decoder)
-    problems = [f"{name}: missing" for name in masters if name not in tensors]
-    problems += [f"{name}: no such place in this model" for name in tensors if name not in masters]
-    problems += [
-        f"{name}: {tuple(tensor.shape)}, this model needs {tuple(masters[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in masters and masters[name].shape != tensor.shape
-    ]
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ModelError(f"the adapter {folder} does not fit this model:\n{listed}", "Use it with its own base model.")
     with torch.no_grad():
         for name, tensor in tensors.items():
             masters[name].copy_(tensor)
+
+
+def _misfits(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What is wrong with the stored tensors (names as in the file -> shapes), one line each."""
+    shapes = {name.removeprefix(PREFIX): shape for name, shape in stored.items()}
+    problems = [f"{name}: missing" for name in wanted if name not in shapes]
+    problems += [f"{name[:200]}: no such place in this model" for name in shapes if name not in wanted]
+    problems += [
+        f"{name}: {shape}, this model needs {wanted[name]}"
+        for name, shape in shapes.items()
+        if name in wanted and wanted[name] != shape
+    ]
+    again = [name for name in stored if PREFIX + name in stored]
+    problems += [f"{name[:200]}: twice, with {PREFIX} before it and without" for name in again]
+    return problems

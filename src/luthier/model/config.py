@@ -18,7 +18,7 @@ from typing import Literal
 
 from luthier.errors import FileError, ModelError
 from luthier.guard.documents import read_object
-from luthier.guard.keys import Keys
+from luthier.guard.keys import LARGEST_SIZE, Keys
 
 __all__ = [
     "FAMILIES",
@@ -43,6 +43,9 @@ _REQUIRED = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "nu
 
 MOST_LAYERS = 4096
 """Each costs time and memory before any weight is read; the deepest models have a few hundred."""
+
+MOST_PARAMETERS = 2**44
+"""Ten times the largest models that there are. Each size of a config may be right and their product absurd."""
 
 RopeKind = Literal["default", "llama3", "linear", "yarn"]
 
@@ -211,7 +214,7 @@ def read_config(folder: Path) -> ModelConfig:
             "query heads must be a multiple of key heads, and the head size even",
             "Fetch the model again.",
         )
-    return ModelConfig(
+    config = ModelConfig(
         family=family.name,
         vocab_size=keys.whole("vocab_size"),
         hidden_size=hidden,
@@ -235,6 +238,15 @@ def read_config(folder: Path) -> ModelConfig:
         bos_id=next(iter(keys.ids("bos_token_id", family.bos_id)), None),
         eos_ids=_eos_ids(keys, family, folder),
     )
+    _check_product(config, path)
+    return config
+
+
+def _check_product(config: ModelConfig, path: Path) -> None:
+    count, width = parameters(config), config.heads * config.head_dim
+    if count > MOST_PARAMETERS or width > LARGEST_SIZE:
+        what = f"{count:,} parameters" if count > MOST_PARAMETERS else f"query heads of {width:,} elements together"
+        raise ModelError(f"{path}: its sizes make a model of {what}, which no machine holds", "Fetch the model again.")
 
 
 def _family(keys: Keys) -> Family:

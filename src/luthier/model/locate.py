@@ -9,6 +9,7 @@ download; a plan needs no more than that (`locate_config`).
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def revision_of(folder: Path) -> str | None:
 
 def pinned_to(name: str, commit: str | None) -> str:
     """The name of the model `name` at one commit (`owner/name@commit`); a folder's, and sprig's, stays as it is."""
-    found = None if name == BUNDLED or Path(name).expanduser().exists() else HUB_ID.fullmatch(name)
+    found = None if name == BUNDLED or _as_path(name).exists() else HUB_ID.fullmatch(name)
     return name if commit is None or found is None else f"{found[1]}@{commit}"
 
 
@@ -124,6 +125,11 @@ def locate_config(name: str) -> Path:
     return folder
 
 
+def _as_path(name: str) -> Path:
+    """`name` as a path, `~` taken for a home where there is one; Path.expanduser raises where there is none."""
+    return Path(os.path.expanduser(name))
+
+
 def _on_disk(name: str) -> Path | None:
     """The bundled model's folder, or the one that `name` is; None where it reads as a hub id."""
     if name == BUNDLED:
@@ -131,7 +137,7 @@ def _on_disk(name: str) -> Path | None:
         if not folder.is_dir():
             raise ModelError("this installation of luthier lacks its bundled model", "Install the package again.")
         return folder
-    folder = Path(name).expanduser()
+    folder = _as_path(name)
     if folder.is_dir():
         return folder
     if folder.exists():

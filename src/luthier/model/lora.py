@@ -24,7 +24,16 @@ from luthier.model.config import PROJECTIONS, expand_targets
 from luthier.model.decoder import Decoder
 from luthier.model.projection import Adapter, Projection
 
-__all__ = ["LoRA", "LoRASpec", "add_lora", "lora_parameters", "merge_delta", "projections", "set_lora_enabled"]
+__all__ = [
+    "LoRA",
+    "LoRASpec",
+    "add_lora",
+    "lora_parameters",
+    "lora_shapes",
+    "merge_delta",
+    "projections",
+    "set_lora_enabled",
+]
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,16 @@ def lora_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
         if isinstance(projection.adapter, LoRA):
             found[f"{name}.lora_A.weight"] = projection.adapter.A
             found[f"{name}.lora_B.weight"] = projection.adapter.B
+    return found
+
+
+def lora_shapes(decoder: Decoder, spec: LoRASpec) -> dict[str, tuple[int, int]]:
+    """The names and shapes of `lora_parameters` after `add_lora(decoder, spec)`, without anything being made."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, projection in projections(decoder):
+        if name.rpartition(".")[2] in spec.targets:
+            found[f"{name}.lora_A.weight"] = (spec.rank, projection.inputs)
+            found[f"{name}.lora_B.weight"] = (projection.outputs, spec.rank)
     return found
 
 

@@ -2,7 +2,8 @@
 
 The reading is YAML 1.2's core schema, which is what people expect of a settings file: `1e-4` is a number, `no` and `on`
 are texts, `010` is ten. Refused, each with its line: duplicate keys, anchors and aliases (a few lines of them expand
-to gigabytes), tags (they name types to construct), several documents, and what is too large or too deep to be a recipe.
+to gigabytes), tags (they name types to construct), several documents, and what is too long, too much or too deep to be
+a recipe.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ Key: TypeAlias = str | int
 Keys: TypeAlias = tuple[Key, ...]
 
 MOST_CHARACTERS = 200_000
+MOST_VALUES = 5_000
+"""Names of settings counted too; a thousand data files with a weight each have as many. More take seconds to read."""
 DEEPEST = 12
 
 _NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str"))
@@ -88,7 +91,7 @@ def read_document(text: str, where: str) -> Document:
 
 
 def _refused_events(text: str, where: str) -> Iterator[Problem]:
-    depth = documents = 0
+    depth = documents = values = 0
     for event in yaml.parse(text, Loader=_Loader):
         line = event.start_mark.line + 1 if event.start_mark else None
         if isinstance(event, yaml.AliasEvent):
@@ -103,8 +106,13 @@ def _refused_events(text: str, where: str) -> Iterator[Problem]:
             if documents == 2:
                 yield Problem(where, line, "a second document begins here (`---`)", "a recipe is one document")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        values += isinstance(event, yaml.NodeEvent)
         if depth > DEEPEST:
             yield Problem(where, line, f"nested deeper than {DEEPEST} levels", "no setting is as deep")
+            return
+        if values > MOST_VALUES:
+            remedy = "name a folder under `data` instead of its files"
+            yield Problem(where, line, f"more than {MOST_VALUES:,} values and names", remedy)
             return
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ __all__ = ["dump_recipe", "load_recipe", "recipe_from_mapping"]
 
 _PLACEHOLDERS: Mapping[str, object] = {"model": BUNDLED_MODEL, "data": [{"path": BUNDLED_DATA[0]}]}
 """What stands in for a missing or wrong required setting while the rules are checked on the rest."""
+_MOST_PROBLEMS = 200
+"""That are shown."""
 
 
 @dataclass
@@ -59,7 +62,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError([Problem(where, None, "this is data, not a recipe", remedy)])
     document = read_document(_read(path), where)
     if document.problems:
-        raise RecipeError([*document.problems, *_check_overrides_alone(overrides)])
+        raise RecipeError(_shown([*document.problems, *_check_overrides_alone(overrides)], where))
     if document.value is None:
         remedy = "`luthier init` writes one with every setting explained"
         raise RecipeError([Problem(where, None, "the recipe is empty", remedy)])
@@ -107,13 +110,26 @@ def _build(values: Mapping[str, object], origin: _Origin, overrides: Sequence[st
     value = _normal(value)
     recipe, more, wrong = _validated(value, origin)
     problems += more
+    above = {bad[:length] for bad in wrong for length in range(len(bad))}
     for breach in breaches(recipe):
-        if not any(path[: len(bad)] == bad or bad[: len(path)] == path for path in breach.paths for bad in wrong):
+        if not any(path in above or _or_above(path, wrong) for path in breach.paths):
             at = next((path for path in breach.paths if _set_here(path, origin)), breach.paths[0])
             problems.append(origin.problem(at, breach.reason, breach.remedy))
     if problems:
-        raise RecipeError(sorted(problems, key=lambda one: (one.line is None, one.line or 0)))
+        raise RecipeError(_shown(problems, origin.where))
     return _resolved(recipe, folder)
+
+
+def _or_above(path: Keys, places: AbstractSet[Keys]) -> bool:
+    """Whether the setting, or one that holds it, is among the places."""
+    return any(path[:length] in places for length in range(len(path) + 1))
+
+
+def _shown(problems: Sequence[Problem], where: str) -> list[Problem]:
+    """By line, those without one last; of very many the first."""
+    ordered = sorted(problems, key=lambda one: (one.line is None, one.line or 0))
+    left = len(ordered) - _MOST_PROBLEMS
+    return ordered if left <= 0 else [*ordered[:-left], Problem(where, None, f"and {left:,} problems more")]
 
 
 def _set_here(path: Keys, origin: _Origin) -> bool:
@@ -195,10 +211,13 @@ def _validated(value: dict[str, object], origin: _Origin) -> tuple[Recipe, list[
             return Recipe.model_validate(value), problems, wrong
         except ValidationError as error:
             fresh = _places(error, value)
-            for keys, kind in fresh.items():
-                if keys not in wrong:
-                    problems.append(_explained(keys, kind, value, origin))
-            if not set(fresh) - wrong:
+            new = [keys for keys in fresh if keys not in wrong]
+            for keys in sorted(new, key=lambda keys: origin.lines.get(keys, 0)):
+                if len(problems) < _MOST_PROBLEMS:
+                    problems.append(_explained(keys, fresh[keys], value, origin))
+                else:  # is counted and not shown: guessing what was meant takes a while
+                    problems.append(origin.problem(keys, f"`{dotted(keys)}` is wrong", None))
+            if not new:
                 raise AssertionError(f"the schema refuses its own defaults: {error}") from error
             wrong |= set(fresh)
             for keys in sorted(fresh, key=len, reverse=True):
@@ -210,9 +229,8 @@ def _places(error: ValidationError, value: object) -> dict[Keys, str]:
     kinds: dict[Keys, str] = {}
     for one in error.errors(include_url=False, include_context=False, include_input=False):
         kinds.setdefault(_real_keys(one["loc"], value, one["type"]), one["type"])
-    return {
-        keys: kind for keys, kind in kinds.items() if not any(keys == other[: len(keys)] != other for other in kinds)
-    }
+    above = {keys[:length] for keys in kinds for length in range(len(keys))}
+    return {keys: kind for keys, kind in kinds.items() if keys not in above}
 
 
 def _real_keys(loc: Sequence[Key], value: object, kind: str) -> Keys:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from luthier.recipe.times import seconds_of
 __all__ = ["RULES", "Breach", "breaches"]
 
 Path = tuple[str | int, ...]
+_MOST_ROWS = 2**16
+"""Where a micro-batch that divides the batch is looked for; no machine holds more rows at once."""
 _EXAMPLE = '"Q: {question}\\nA: {answer}"'
 
 
@@ -56,11 +59,12 @@ def _micro_batch_divides(recipe: Recipe) -> Iterator[Breach]:
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     if batch == "auto" or micro == "auto" or batch % micro == 0:
         return
-    divisors = [rows for rows in range(1, min(batch, micro) + 1) if batch % rows == 0]
+    most = min(batch, micro, _MOST_ROWS)
+    nearest = next(rows for rows in range(most, 0, -1) if batch % rows == 0)
     yield Breach(
         (("train", "micro_batch"), ("train", "batch_size")),
         f"`train.micro_batch` {micro} does not divide `train.batch_size` {batch}",
-        f"the nearest that does is {divisors[-1]}",
+        f"the nearest {f'up to {most:,} ' if most == _MOST_ROWS else ''}that does is {nearest}",
     )
 
 
@@ -118,10 +122,15 @@ def _no_twice(recipe: Recipe) -> Iterator[Breach]:
         (("adapter", "targets"), () if isinstance(recipe.adapter.targets, str) else recipe.adapter.targets),
     )
     for path, names in lists:
+        again: dict[str, int] = {}
+        seen: set[str] = set()
         for place, name in enumerate(names):
-            if name in names[:place]:
-                where = ".".join(map(str, path))
-                yield Breach(((*path, place),), f"`{name}` stands twice in `{where}`", "take one out")
+            if name in seen:
+                again.setdefault(name, place)
+            seen.add(name)
+        for name, place in again.items():
+            where = ".".join(map(str, path))
+            yield Breach(((*path, place),), f"`{name}` stands twice in `{where}`", "take one out")
 
 
 def _known_tasks(recipe: Recipe) -> Iterator[Breach]:
@@ -168,11 +177,10 @@ def _template_reads(recipe: Recipe) -> Iterator[Breach]:
         near = difflib.get_close_matches(text, NAMED_TEMPLATES, n=1)
         guess = f"did you mean `{near[0]}`?" if near else f"{', '.join(NAMED_TEMPLATES)}, or a text such as {_EXAMPLE}"
         yield Breach(path, f"`template` is {text!r}, which names no key of the rows in braces", guess)
-    for _, name, form, conversion in named:
-        if not name or form or conversion:
-            reason = f"`template`: braces must hold a key's name and nothing else, not {name!r} with a format"
-            yield Breach(path, reason, f"such as {_EXAMPLE}; braces that are meant as text are written twice")
-    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+    for name in dict.fromkeys(name for _, name, form, conversion in named if not name or form or conversion):
+        reason = f"`template`: braces must hold a key's name and nothing else, not {name!r} with a format"
+        yield Breach(path, reason, f"such as {_EXAMPLE}; braces that are meant as text are written twice")
+    for name in (name for name, times in Counter(names).items() if times > 1):
         yield Breach(path, f"`template` names {{{name}}} more than once", "name each key once")
     after = "" if pieces and pieces[-1][1] is not None else pieces[-1][0].strip() if names else ""
     if after:
