@@ -59,8 +59,11 @@ def cache_root() -> Path:
 
 def make_private(folder: Path) -> None:
     """Make `folder`, for its user alone; one that is there stays as it is. Missing parents get the usual mode."""
+    if folder.is_dir():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
+    flush_folder(folder.parent)
 
 
 def file_mode(folder: Path) -> int:
@@ -173,6 +176,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
+            elif file.is_dir():
+                flush_folder(file)
+        flush_folder(beside)
         if path.exists():
             path.rename(older)
         beside.rename(path)

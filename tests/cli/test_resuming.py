@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from luthier.model.locate import locate_model
 from tests.cli.command import Command
 from tests.cli.test_run import document
-from tests.cli.test_verify import flip, tree
+from tests.cli.test_verify import flip, same_adapter, tree, unfinished
 
 RECIPE = """\
 model: sprig
@@ -137,3 +137,14 @@ def test_a_stop_file_that_comes_while_the_model_is_loaded_stops(
     ended = luthier(*TRAIN, "--set", "train.stop_file=going")
     assert ended.code == 75, ended.err
     assert "the stop file going: stopped after step 0 of 4" in ended.message
+    assert "remove going, then run the same command again with --resume" in ended.message
+
+
+def test_the_only_checkpoint_is_found_where_a_kill_had_it_set_aside(luthier: Command, run: Path, made: Path) -> None:
+    """Between the two renames of one that is written again; 999999999 is the number of no process."""
+    unfinished(run, 2)
+    (run / "checkpoints" / "step-000002").rename(run / "checkpoints" / ".step-000002.999999999.old")
+    ended = luthier(*TRAIN)
+    assert ended.code == 0, ended.err
+    assert "unfinished: going on from step 2" in ended.message
+    assert same_adapter(run, made)

@@ -181,6 +181,58 @@ def test_a_log_that_is_no_log_is_named(luthier: Command, run: Path) -> None:
     assert (found["file"], found["reason"]) == ("events.jsonl", "line 4 is not an event")
 
 
+@pytest.mark.parametrize("gone", [("adapter",), ("adapter", "checkpoints")])
+def test_an_adapter_that_is_gone_from_a_finished_run_is_a_fault(
+    luthier: Command, run: Path, gone: tuple[str, ...]
+) -> None:
+    for name in gone:
+        shutil.rmtree(run / name)
+    found = failed(luthier("verify", run, "--json"))
+    (one,) = wrong(found)
+    assert (one["file"], one["reason"]) == ("adapter", "is missing")
+    if "checkpoints" in gone:
+        assert found["notes"] == ["no step was repeated: the run has neither an adapter nor a checkpoint"]
+
+
+def began_otherwise(run: Path, **changes: object) -> None:
+    """The log says that its steps were taken by another torch, on another processor, with other threads."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    lines = [{**line, **changes} if line["event"] == "start" else line for line in lines]
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("changes", [{"torch": "9.9"}, {"processor": "abacus"}])
+def test_another_machine_is_not_held_to_the_last_bit(luthier: Command, run: Path, changes: dict[str, object]) -> None:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "step":
+            line["loss"] *= 1 + 1e-6
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    began_otherwise(run, **changes)
+    found = document(luthier("verify", run, "--json"))
+    assert "only the CPU and the torch of the run repeat them to the bit" in str(found["notes"])
+    assert [one["exact"] for one in found["repeated"]["steps"]] == [False] * 3  # type: ignore[index]
+
+
+def test_steps_are_taken_with_the_threads_that_took_them(
+    luthier: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    began_otherwise(run, threads=3)
+    sets, used = torch.set_num_threads, list[int]()
+
+    def told(count: int) -> None:
+        used.append(count)
+        sets(count)
+
+    monkeypatch.setattr(torch, "set_num_threads", told)
+    before = torch.get_num_threads()
+    luthier("verify", run, "--json")
+    assert 3 in used
+    assert torch.get_num_threads() == before
+
+
 def test_more_steps_than_there_are_is_said(luthier: Command, run: Path) -> None:
     found = document(luthier("verify", run, "--steps", 9, "--json"))
     assert found["repeated"] == {"from": None, "steps": []}
@@ -195,8 +247,10 @@ def test_other_rows_cannot_be_repeated(made: Path, luthier: Command, tmp_path: P
 
 
 def unfinished(run: Path, *steps: int) -> None:
-    """As a kill leaves it: no adapter, and checkpoints of these steps only."""
+    """As a kill leaves it: no adapter and no end, and checkpoints of these steps only."""
     shutil.rmtree(run / "adapter")
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (run / "events.jsonl").write_text("".join(line for line in lines if json.loads(line)["event"] != "end"))
     for folder in (run / "checkpoints").glob("step-*"):
         if int(folder.name.removeprefix("step-")) not in steps:
             shutil.rmtree(folder)
@@ -220,6 +274,7 @@ def test_an_unfinished_run_is_gone_on_with(luthier: Command, run: Path, made: Pa
     assert same_adapter(run, made)
     again = luthier("train", "recipe.yaml", "--out", "run")
     assert (again.code, "already holds a trained run" in again.message) == (2, True)
+    assert "add --resume to do what is left of it" in again.message
 
 
 def test_a_changed_recipe_goes_on_where_that_is_safe(luthier: Command, run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from luthier.data.batches import Batches
 from luthier.data.conversation import Example
 from luthier.errors import DataError
 from luthier.evaluate.loss import held_out_loss
-from luthier.train.session import make_trainee
+from luthier.train.making import make_trainee
 from luthier.train.step import take_step
 from tests.train.world import make_examples, make_settings, tiny_decoder
 

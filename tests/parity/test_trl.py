@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 from luthier.data.batches import Batches
 from luthier.data.conversation import Example
 from luthier.model.lora import LoRASpec
+from luthier.train.making import make_trainee
 from luthier.train.schedule import learning_rate
-from luthier.train.session import make_trainee
 from luthier.train.step import StepResult, Trainee, take_step
 from tests import tiny
 from tests.train.world import make_examples, make_settings, tiny_decoder

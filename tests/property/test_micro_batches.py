@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from luthier.data.batches import Batch, Batches, pack
 from luthier.data.conversation import Example
 from luthier.kernels import linear_cross_entropy
-from luthier.train.session import make_trainee
+from luthier.train.making import make_trainee
 from luthier.train.step import Trainee, forward_backward
 from tests.train.world import make_examples, make_settings, tiny_decoder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import sys
@@ -20,7 +21,9 @@ from luthier.train.manifest import SCHEMA
 
 
 def snapshot(step: int, best_step: int | None = None, history: tuple[tuple[int, float], ...] = ()) -> Snapshot:
-    """Of a run with one projection of rank 2, whose tensors say which step it is."""
+    """Of a run with one projection of rank 2, whose tensors say which step it is. A best one has the lower loss."""
+    if best_step is not None and not history:
+        history = ((best_step, 1.0),) if best_step == step else ((best_step, 1.0), (step, 2.0))
     state = State(
         schema=SCHEMA,
         progress=Progress(step=step, tokens=7 * step, best_step=best_step, history=history),
@@ -91,7 +94,8 @@ def _fsync(handle: int) -> None:
     """A flush; the process that dies in it leaves half of the file, as a power cut may."""
     alive = _dying["left"] is None or _dying["left"] > 0
     if _count():
-        if alive is False and _killed[0] == 1 and stat.S_ISREG(os.fstat(handle).st_mode):
+        written = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY  # else it was flushed before
+        if alive is False and _killed[0] == 1 and written and stat.S_ISREG(os.fstat(handle).st_mode):
             _dying["left"] = None
             os.ftruncate(handle, os.fstat(handle).st_size // 2)
             _dying["left"] = -1

@@ -20,7 +20,7 @@ from luthier.plan.work import Work
 from luthier.train import halves as module
 from luthier.train import step
 from luthier.train.halves import add_both, halves
-from luthier.train.session import make_trainee
+from luthier.train.making import make_trainee
 from luthier.train.step import Trainee, forward_backward
 from tests.train.test_step import gradients, moved
 from tests.train.world import make_examples, make_settings, tiny_decoder

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -16,17 +17,17 @@ import pytest
 import torch
 
 from luthier.data.conversation import Example
-from luthier.errors import TrainingError, is_disk_full
+from luthier.errors import Interrupted, TrainingError, is_disk_full
 from luthier.plan.settings import Settings
 from luthier.runs import RunDirectory
 from luthier.train.checkpoints import Checkpoints
-from luthier.train.events import StepEvent
-from luthier.train.loop import TrainResult, train
-from luthier.train.session import make_batches
+from luthier.train.events import EventLog, StepEvent, WarningEvent
+from luthier.train.loop import Hooks, TrainResult, train
+from luthier.train.making import make_batches
 from luthier.train.spikes import LEAST, WINDOW, Spikes
 from luthier.train.step import NotFiniteError, take_step
 from tests.train.test_events import step_event, written
-from tests.train.test_loop import CrashError, Dies, adapter_bytes, figures
+from tests.train.test_loop import CrashError, Dies, adapter_bytes, figures, run_it
 from tests.train.world import Recorder, Rows, events_of, make_rows, make_settings, tiny_decoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,9 +37,9 @@ BAD = 7
 SETTINGS = make_settings(dropout=0.1)
 
 
-def poisoned_rows() -> Rows:
+def poisoned_rows(number: int = BAD) -> Rows:
     rows = make_rows()
-    bad = rows.train[BAD]
+    bad = rows.train[number]
     ids = bad.ids.copy()
     ids[0] = POISON
     train = tuple(Example(ids, row.labels, row.row) if row is bad else row for row in rows.train)
@@ -46,13 +47,21 @@ def poisoned_rows() -> Rows:
 
 
 def run_poisoned(
-    model: Path, out: Path, settings: Settings, *, listener: Recorder | None = None, resume: bool = False
+    model: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    listener: Recorder | None = None,
+    resume: bool = False,
+    rows: Rows | None = None,
+    hooks: Hooks | None = None,
 ) -> TrainResult:
     decoder = tiny_decoder(model)
     with torch.no_grad():
         decoder.model.embed_tokens.weight[POISON] = float("nan")
     run, told = RunDirectory(out), listener or Recorder()
-    return train(decoder, poisoned_rows(), settings, run, base="a/model", listener=told, resume=resume)
+    rows = rows or poisoned_rows()
+    return train(decoder, rows, settings, run, base="a/model", listener=told, resume=resume, hooks=hooks)
 
 
 def bad_steps() -> list[int]:
@@ -124,13 +133,58 @@ def test_leaving_out_is_the_same_in_a_run_that_is_resumed(tiny_llama: Path, tmp_
         run_poisoned(tiny_llama, tmp_path / "few", few, resume=True)
 
 
+@dataclass
+class SignalsAtSkip(Recorder):
+    """Sends the process a signal when a step is left out."""
+
+    def on_warning(self, event: WarningEvent) -> None:
+        super().on_warning(event)
+        if event.kind == "skip":
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_checkpoint_before_the_first_update_is_gone_on_from(tiny_llama: Path, tmp_path: Path) -> None:
+    """The optimizer has no moments yet where nothing was tried before the first step, and that is left out."""
+    (first, *_), *_ = (batch.rows for batch in make_batches(make_rows(), SETTINGS).step(0))
+    rows, hooks = poisoned_rows(first), Hooks(prove=False)
+    exact = make_settings(dropout=0.1, on_nonfinite=8, save_every=1)
+    run_poisoned(tiny_llama, tmp_path / "whole", exact, rows=rows, hooks=hooks)
+    with pytest.raises(Interrupted, match="stopped after step 1 of 8"):
+        run_poisoned(tiny_llama, tmp_path / "run", exact, rows=rows, hooks=hooks, listener=SignalsAtSkip())
+    run_poisoned(tiny_llama, tmp_path / "run", exact, rows=rows, hooks=hooks, resume=True)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_with_what_is_good(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appends = EventLog._append
+
+    def fails(log: EventLog) -> None:
+        if b'"event":"step","step":5' in log._waiting:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        appends(log)
+
+    monkeypatch.setattr(EventLog, "_append", fails)
+    with pytest.raises(
+        TrainingError, match=r"events.jsonl cannot be written: .*the last checkpoint, of step 4"
+    ) as caught:
+        run_it(tiny_llama, tmp_path / "run")
+    assert "--resume" in str(caught.value.remedy)
+    monkeypatch.undo()
+    run_it(tiny_llama, tmp_path / "whole")
+    run_it(tiny_llama, tmp_path / "run", resume=True)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
 def warnings(run: Path, kind: str) -> list[dict[str, object]]:
     return [line for line in events_of(run / "events.jsonl", "warning") if line["kind"] == kind]
 
 
 def test_what_a_bad_batch_did_to_the_loss_scale_is_taken_back(tiny_llama: Path) -> None:
     """In fp16 a gradient that overflows at every factor is halved down to 1; the next batch begins where it was."""
-    from luthier.train.session import make_trainee
+    from luthier.train.making import make_trainee
 
     settings = make_settings(precision="fp16")
     trainee = make_trainee(tiny_decoder(tiny_llama, torch.float16), settings)

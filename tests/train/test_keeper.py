@@ -42,18 +42,37 @@ def test_moments_in_memory_that_the_host_shares_are_copied(tiny_llama: Path, mon
 
 
 def test_the_best_stays_where_a_better_one_found_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (2, 4):
-        save(tmp_path, snapshot(step, 2), keep=1)
+    history = ((2, 1.5), (4, 2.0), (6, 1.0), (8, 1.8))
+    for number, step in enumerate((2, 4), start=1):
+        save(tmp_path, snapshot(step, 2, history[:number]), keep=1)
 
     def full(folder: Path, snap: Snapshot) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(keeper, "write_checkpoint", full)
-        assert isinstance(save(tmp_path, snapshot(6, 6), keep=1, saved=4), Failed)
-    assert isinstance(save(tmp_path, snapshot(8, 6), keep=1, saved=4), Saved)
+        assert isinstance(save(tmp_path, snapshot(6, 6, history[:3]), keep=1, saved=4), Failed)
+    assert isinstance(save(tmp_path, snapshot(8, 6, history), keep=1, saved=4), Saved)
     assert whole(tmp_path) == {2, 8}
     assert Checkpoints(tmp_path).pointer("BEST") == 2
+
+
+def test_the_best_of_those_that_found_room_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of all, of step 20, is not there: that of 30 is better than that of 10."""
+    history = ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.8))
+
+    def full(folder: Path, snap: Snapshot) -> None:
+        raise OSError(28, "No space left on device")
+
+    saved = None
+    for number, (step, best) in enumerate(((10, 10), (20, 20), (30, 20), (40, 20)), start=1):
+        with monkeypatch.context() as patch:
+            if step == 20:
+                patch.setattr(keeper, "write_checkpoint", full)
+            if isinstance(save(tmp_path, snapshot(step, best, history[:number]), keep=1, saved=saved), Saved):
+                saved = step
+    assert whole(tmp_path) == {30, 40}
+    assert Checkpoints(tmp_path).pointer("BEST") == 30
 
 
 @pytest.mark.parametrize("written", [False, True])

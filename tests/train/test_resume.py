@@ -102,6 +102,20 @@ def test_fewer_steps_are_another_run(tiny_llama: Path, tmp_path: Path) -> None:
         check_resumable(RunDirectory(tmp_path), make_rows(), changed, "a/model")
 
 
+def test_what_the_proof_may_choose_may_change_before_the_first_step(tiny_llama: Path, tmp_path: Path) -> None:
+    """A checkpoint of step 0 says how a batch was to be cut; the proof of the next sitting may find that too much."""
+    fewer = make_settings(micro_batch=1)
+    run_it(tiny_llama, tmp_path / "whole", fewer)
+    with pytest.raises(Interrupted, match="stopped after step 0"):
+        run_it(tiny_llama, tmp_path / "run", make_settings(max_time=1e-3))
+    run_it(tiny_llama, tmp_path / "run", fewer, resume=True)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_it(tiny_llama, tmp_path / "other", listener=Signals(at=1))
+    with pytest.raises(UsageError, match="micro_batch: 2 then, 1 now"):
+        run_it(tiny_llama, tmp_path / "other", make_settings(dropout=0.1, micro_batch=1), resume=True)
+
+
 def test_another_machine_is_told(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted):
         run_it(tiny_llama, tmp_path, listener=Signals(at=3))

@@ -15,7 +15,7 @@ from luthier.data.batches import Batch, pack
 from luthier.data.conversation import IGNORED, Example
 from luthier.evaluate.loss import held_out_loss
 from luthier.recipe.micro_batch import ROWS
-from luthier.train.session import make_trainee
+from luthier.train.making import make_trainee
 from luthier.train.step import forward_backward
 from tests.train.world import make_settings, tiny_decoder
 

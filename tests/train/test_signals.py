@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_a_signal_finishes_the_step_and_saves(tiny_llama: Path, tmp_path: Path, 
     ]
     expected = run_it(tiny_llama, tmp_path / "whole")
     assert_same_run(out, run_it(tiny_llama, out, resume=True), (tmp_path / "whole", expected))
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_that_goes_is_no_second_signal(tiny_llama: Path, tmp_path: Path, first: signal.Signals) -> None:
+    """The shell sends its jobs one SIGHUP and the kernel another; systemd one behind its SIGTERM."""
+    out = tmp_path / "run"
+    process = training(tiny_llama, out)
+    for number in (first, signal.SIGHUP, signal.SIGHUP):
+        process.send_signal(number)
+        time.sleep(0.05)
+    _, errors = process.communicate("\n", timeout=60)
+    assert process.returncode == 75, errors
+    assert checkpoint(out).name == "step-000003"
 
 
 def test_a_second_signal_stops_at_once_with_the_checkpoint_whole(tiny_llama: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from luthier.data.batches import Batch, Batches
 from luthier.errors import TrainingError
 from luthier.kernels import REFERENCE, kernels_with, only_math
 from luthier.model.lora import lora_parameters
+from luthier.train.making import make_trainee
 from luthier.train.optimizer import state_tensors
-from luthier.train.session import make_trainee
 from luthier.train.step import StepError, Trainee, forward_backward, make_scaler, take_step
 from tests.train.world import make_examples, make_settings, tiny_decoder
 

@@ -1,7 +1,7 @@
 """The `luthier` command: its commands, and the one place where errors become messages and exit codes.
 
 0 done, 1 a defect of ours, 2 usage or recipe, 3 data, 4 does not fit, 5 training stopped, 6 export failed,
-75 interrupted with a checkpoint saved, 130 interrupted with nothing half-written.
+75 interrupted (with a checkpoint saved where training was under way), 130 interrupted with nothing half-written.
 """
 
 from __future__ import annotations

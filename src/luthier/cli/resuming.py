@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from difflib import unified_diff
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -30,6 +30,7 @@ def goes_on(run: RunDirectory, recipe: Recipe, *, resume: bool) -> bool:
 
     Training itself looks whether all else is the same too, and refuses where it is not.
     """
+    Checkpoints(run.checkpoints).tidy()  # a kill may have left the only checkpoint set aside
     if resume and not Checkpoints(run.checkpoints).steps():
         console.say("nothing to go on from: begins at step 0")
     if resume or not is_unfinished(run) or not run.recipe.is_file():
@@ -80,7 +81,7 @@ def _difference(then: str, now: str) -> str:
 
 def check_stop_file(recipe: Recipe) -> None:
     """Raise UsageError where the stop file is there before the command has begun: the run would stop at once."""
-    if recipe.train.stop_file is not None and Path(recipe.train.stop_file).exists():
+    if recipe.train.stop_file is not None and os.path.exists(recipe.train.stop_file):
         raise UsageError(
             f"train.stop_file: {recipe.train.stop_file} is there already, so the run would stop at once",
             "remove it, or name another one",

@@ -58,7 +58,7 @@ def _repeated(run: RunDirectory, steps: int) -> tuple[int | None, list[Repeated]
     from luthier.cli.pins import pins_of
     from luthier.hardware.probe import this_device
     from luthier.train.identity import settings_digest
-    from luthier.train.verify import changed_settings, choose_start, logged_steps
+    from luthier.train.verify import TOLERANCE, changed_settings, choose_start, logged_steps
 
     logged = logged_steps(run)
     start, pins = choose_start(run, logged, steps), pins_of(run, resume=True)
@@ -66,7 +66,7 @@ def _repeated(run: RunDirectory, steps: int) -> tuple[int | None, list[Repeated]
         has = f"events.jsonl has {len(logged):,} step" + ("" if len(logged) == 1 else "s")
         return None, [], [f"no step was repeated: {has}, and {steps} in a row are asked for (--steps)"]
     if pins is None:
-        return None, [], [f"no step was repeated: there is no {run.plan.name} that says what the run began with"]
+        return None, [], [f"no step was repeated: the run has {_lacks(run)}"]
     if (kind := this_device().kind) != pins.settings.device:
         trained = f"the run was trained on {pins.settings.device}, and this machine has {kind}"
         return None, [], [f"no step was repeated: {trained}"]
@@ -75,7 +75,18 @@ def _repeated(run: RunDirectory, steps: int) -> tuple[int | None, list[Repeated]
     if start == 0:
         notes.append(f"no whole checkpoint has {steps} logged steps after it, so the first steps were taken again")
     wanted = {start + number: logged[start + number] for number in range(1, steps + 1)}
-    return start, _take(run, pins, start, wanted), notes
+    repeated = _take(run, pins, start, wanted)
+    if not all(one.exact for one in repeated):
+        notes.append(
+            f"steps are held within {TOLERANCE:.1%}: only the CPU and the torch of the run repeat them to the bit"
+        )
+    return start, repeated, notes
+
+
+def _lacks(run: RunDirectory) -> str:
+    if not run.plan.is_file():
+        return f"no {run.plan.name} that says what it began with"
+    return "neither an adapter nor a checkpoint"
 
 
 def _take(run: RunDirectory, pins: Pins, start: int, wanted: Mapping[int, LoggedStep]) -> list[Repeated]:

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from rich.markup import escape
 
@@ -43,7 +42,7 @@ def working(run: Path, command: str, *, resumes: bool) -> Iterator[None]:
     began = _BEGAN.set(time.monotonic())
     again = f"{_AGAIN} with --resume to go on from there" if resumes else _AGAIN
     try:
-        with _stopping_signals(), stage(f"{command} was at work"), lock.hold(run, command, _say):
+        with stage(f"{command} was at work"), _stopping_signals(), lock.hold(run, command, _say):
             yield
     except Interrupted as stop:
         raise Interrupted(stop.message, stop.remedy or again) from stop
@@ -77,20 +76,27 @@ def sitting_began() -> float | None:
 
 @contextmanager
 def _stopping_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise in the main thread, the first time; handlers are as before afterwards."""
+    """SIGINT, SIGTERM and SIGHUP raise in the main thread, the first time; handlers are as before afterwards.
+
+    What they raise may come out as another error: where it strikes within a library's C code that makes its own of it
+    (torch: "could not determine the shape of object"). So after a signal any error is taken for the interruption.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came, here = False, terminals()
+    here = terminals()
+    came: signal.Signals | None = None
 
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+    def stop(number: int, _frame: FrameType | None) -> None:
         nonlocal came
         if number == signal.SIGHUP:  # the terminal is gone: what is written to it now would be an error
             leave_terminal(here)
-        if came:
+            if came is not None:  # it comes more than once (train/signals.py)
+                return
+        if came is not None:
             os._exit(Interrupted.exit_code)
-        came = True
-        raise KeyboardInterrupt(signal.Signals(number))
+        came = signal.Signals(number)
+        raise KeyboardInterrupt(came)
 
     before = [(number, signal.getsignal(number)) for number in STOPPING]
     caught = [number for number, handler in before if number != signal.SIGHUP or handler != signal.SIG_IGN]
@@ -98,6 +104,12 @@ def _stopping_signals() -> Iterator[None]:
         for number in caught:  # but for SIGHUP where nohup has it ignored
             signal.signal(number, stop)
         yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        if came is None:
+            raise
+        raise KeyboardInterrupt(came) from error
     finally:
         for number, handler in before:
             if number in caught:

@@ -78,6 +78,11 @@ class Progress:
     history: tuple[tuple[int, float], ...] = ()
     skipped: int = 0
 
+    @property
+    def ranked(self) -> list[tuple[int, float]]:
+        """(step, held-out loss) of the steps after 0, the best first; of equals the earlier, the best when it came."""
+        return sorted(((step, loss) for step, loss in self.history if step > 0), key=lambda one: (one[1], one[0]))
+
 
 @dataclass(frozen=True)
 class Follows:
@@ -200,7 +205,7 @@ def load_checkpoint(folder: Path, trainee: Trainee) -> None:
         moments, generators = load_file(folder / OPTIMIZER), load_file(folder / GENERATORS)
     except (SafetensorError, OSError) as error:
         raise _damaged(folder, str(error)) from error
-    if state.progress.step > 0 and not moments:
+    if state.progress.step > state.progress.skipped and not moments:  # the optimizer has none before its first update
         raise _damaged(folder, f"{OPTIMIZER} is empty")
     load_adapter(trainee.decoder, folder / "adapter")
     load_state(trainee.optimizer, trainee.parameters, moments)

@@ -30,10 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from luthier.errors import TrainingError
-from luthier.runs import flush_folder, make_private, recover_folder, remove_path, write_text
+from luthier.runs import atomic_folder, flush_folder, make_private, recover_folder, remove_path, write_text
 from luthier.train.manifest import Fault, check
 
 __all__ = ["Checkpoints", "Found", "Pointer", "name_of"]
@@ -41,7 +39,7 @@ __all__ = ["Checkpoints", "Found", "Pointer", "name_of"]
 Pointer = Literal["LATEST", "BEST"]
 
 _NAME = re.compile(r"step-([0-9]{6,12})", re.ASCII)
-_LITTER = re.compile(r"\.step-[0-9]{6,12}\.([0-9]{1,9})\.(?:tmp|gone)|\.(?:LATEST|BEST)\.([0-9]{1,9})\.tmp", re.ASCII)
+_LITTER = re.compile(r"\.step-[0-9]{6,12}\.[0-9]{1,9}\.(?:tmp|gone)|\.(?:LATEST|BEST)\.[0-9]{1,9}\.tmp", re.ASCII)
 _OLDER = re.compile(r"\.(step-[0-9]{6,12})\.[0-9]{1,9}\.old", re.ASCII)
 _LONGEST_POINTER = 64
 _OLDER_LAYOUT = ("last", "best")
@@ -132,26 +130,11 @@ class Checkpoints:
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """A new folder to write a checkpoint into, flushed to disk file by file; it gets its name when the block ends
-        well, and vanishes when it does not. One of that name stays beside until then."""
+        """A new folder to write a checkpoint into: see runs.atomic_folder. One of that name stays beside until it is
+        replaced."""
         make_private(self.folder)
-        path = self.path(step)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        older = path.with_name(f".{path.name}.{os.getpid()}.old")
-        remove_path(beside)
-        beside.mkdir(mode=0o700)
-        try:
+        with atomic_folder(self.path(step)) as beside:
             yield beside
-            flush_folder(beside)
-            if path.exists():
-                path.rename(older)
-            beside.rename(path)
-            flush_folder(self.folder)
-            remove_path(older)
-        finally:
-            if older.is_dir() and not path.exists():
-                older.rename(path)
-            shutil.rmtree(beside, ignore_errors=True)
 
     def retain(self, newest: int, keep: int, best: int | None) -> None:
         """Remove all but the best, and the `keep` newest of those up to `newest`, which is whole.
@@ -173,14 +156,14 @@ class Checkpoints:
         shutil.rmtree(gone, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Put back what processes that are no more set aside; remove what they left half-written or half-removed."""
+        """Put back what a killed process set aside; remove what it left half-written or half-removed.
+
+        To be called with the run's lock held: no other process then writes here, whoever has its number by now.
+        """
         if not self.folder.is_dir():
             return
         for entry in list(os.scandir(self.folder)):
-            match = _LITTER.fullmatch(entry.name)
-            pid = int(match[1] or match[2]) if match else 0
-            # Our own number on it is of a process before us: a container gives the same ones at every start.
-            if match and (pid == os.getpid() or not psutil.pid_exists(pid)):
+            if _LITTER.fullmatch(entry.name):
                 remove_path(Path(entry.path))
             if aside := _OLDER.fullmatch(entry.name):
                 recover_folder(self.folder / aside[1])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ __all__ = [
     "StepEvent",
     "WarningEvent",
     "forget_after",
+    "newest_steps",
     "tell",
 ]
 
@@ -49,7 +51,10 @@ def _clean(event: object, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StartEvent:
-    """The loop begins at `step` (0, or where a resumed run goes on) of `steps`."""
+    """The loop begins at `step` (0, or where a resumed run goes on) of `steps`.
+
+    `torch` (its version), `threads` and `processor`: what the last bits of this sitting's sums depend on.
+    """
 
     event: Literal["start"] = "start"
     step: int
@@ -58,6 +63,9 @@ class StartEvent:
     train_rows: int
     eval_rows: int
     trainable_parameters: int
+    torch: str = ""
+    threads: int = 0
+    processor: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +169,8 @@ class EvalEvent:
 class SaveEvent:
     """A checkpoint is complete on disk, `seconds` after its snapshot was taken: `checkpoint` is its folder's name.
 
-    `step` is the checkpoint's, which may lie before that of the event ahead of it. `best`: its held-out loss is the
-    lowest so far.
+    `step` is the checkpoint's, which may lie before that of the event ahead of it. `best`: BEST names it, for its
+    held-out loss is the lowest of the checkpoints that are there.
     """
 
     event: Literal["save"] = "save"
@@ -317,6 +325,14 @@ class EventLog:
             os.ftruncate(self._file, whole)
             raise
         self._waiting.clear()
+
+
+def newest_steps(path: Path, count: int) -> list[bytes]:
+    """The lines of the last `count` steps in an event log, of all sittings; nothing where there is none."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return list(deque((line for line in file if line.startswith(b'{"event":"step"')), maxlen=count))
 
 
 def forget_after(path: Path, step: int, evaluated: int | None) -> None:

@@ -54,8 +54,8 @@ def choose_adapter(checkpoints: Checkpoints, progress: Progress) -> Finished:
 
 
 def _candidates(progress: Progress) -> Iterator[tuple[int, float | None]]:
-    """Best first: (step, held-out loss). Of equals the earlier one, which was the best when it came."""
-    yield from sorted(((step, loss) for step, loss in progress.history if step > 0), key=lambda one: (one[1], one[0]))
+    """Best first: (step, held-out loss)."""
+    yield from progress.ranked
     if progress.best_step is None:
         yield progress.step, None
 

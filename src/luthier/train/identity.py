@@ -25,6 +25,9 @@ __all__ = ["WATCHED", "Changes", "Identity", "TrainingRows", "changes", "identif
 WATCHED = (*MAY_CHANGE, "eval_every", "save_every")
 """Settings that the updates do not depend on, as long as every step is finite."""
 
+_PROVED = ("micro_batch", "checkpointing")
+"""What the proof may choose anew before the first step."""
+
 
 class TrainingRows(Protocol):
     """What training takes of a data.prepare.Dataset: its rows, and where each stands in the user's files."""
@@ -71,12 +74,13 @@ def settings_digest(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(orjson.dumps(dict(settings), option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def changes(then: Identity, now: Identity) -> Changes:
-    """What differs, one line each."""
+def changes(then: Identity, now: Identity, *, untrained: bool = False) -> Changes:
+    """What differs, one line each. `untrained`: no step is done yet, so what the proof may still take back (how a
+    batch is cut, what is recomputed) is nobody's past."""
     refused, allowed = list[str](), list[str]()
     for name in sorted({*then.settings, *now.settings}):
         before, after = then.settings.get(name), now.settings.get(name)
-        if before == after:
+        if before == after or (untrained and name in _PROVED):
             continue
         said = f"{name}: {_shown(before)} then, {_shown(after)} now"
         if name in WATCHED:

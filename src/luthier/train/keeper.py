@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from luthier.errors import is_disk_full
-from luthier.train.checkpoint import Snapshot, read_state, write_checkpoint
+from luthier.train.checkpoint import Progress, Snapshot, read_state, write_checkpoint
 from luthier.train.checkpoints import Checkpoints, Pointer
 
 __all__ = ["Failed", "Keeper", "Saved"]
@@ -132,33 +132,43 @@ class Keeper:
 
     def _write(self, snapshot: Snapshot) -> bool:
         checkpoints, step = self.checkpoints, snapshot.step
-        best_step = snapshot.state.progress.best_step
         if not self._is_written(snapshot):
             with checkpoints.writing(step) as beside:
                 write_checkpoint(beside, snapshot)
                 self._go_on()
         self._go_on()
-        checkpoints.point("LATEST", step)
-        if best_step == step:
-            checkpoints.point("BEST", step)
-        # There was no room for the best one, perhaps: the one before it then is the best that there is.
-        is_there = best_step is not None and checkpoints.path(best_step).is_dir()
+        self._point(step, snapshot.state.progress)
+        return checkpoints.pointer("BEST") == step
+
+    def _point(self, newest: int, progress: Progress) -> None:
+        """Have LATEST and BEST name what they are to name, then remove what is no longer wanted.
+
+        The best is that of the lowest held-out loss of those that are there: for a better one there may have been no
+        room on the disk.
+        """
+        checkpoints = self.checkpoints
+        best = next((step for step, _ in progress.ranked if checkpoints.path(step).is_dir()), None)
+        pointers: tuple[tuple[Pointer, int | None], ...] = (("LATEST", newest), ("BEST", best))
+        for which, step in pointers:
+            if step is not None and checkpoints.pointer(which) != step:
+                self._go_on()
+                checkpoints.point(which, step)
         self._go_on()
-        checkpoints.retain(step, self.keep, best_step if is_there else checkpoints.pointer("BEST"))
-        return best_step == step
+        checkpoints.retain(newest, self.keep, best)
 
     def _is_written(self, snapshot: Snapshot) -> bool:
         """Whether this very state is whole on disk: a stop came when it had been saved. Without the held-out loss that
         was measured of it afterwards it is not."""
         step, checkpoints = snapshot.step, self.checkpoints
-        if step == 0 or not checkpoints.path(step).exists() or checkpoints.faults(step):
+        if not checkpoints.path(step).exists() or checkpoints.faults(step):
             return False
         return read_state(checkpoints.path(step)).progress == snapshot.state.progress
 
-    def mend(self, best_step: int | None) -> None:
-        """After a kill: remove what is half-written, and have LATEST and BEST name what a resumed run goes on from."""
-        self.checkpoints.tidy()
-        pointers: tuple[tuple[Pointer, int | None], ...] = (("LATEST", self.saved), ("BEST", best_step))
-        for which, step in pointers:
-            if step is not None and self.checkpoints.pointer(which) != step and self.checkpoints.path(step).is_dir():
-                self.checkpoints.point(which, step)
+    def mend(self, progress: Progress) -> None:
+        """After a kill: have LATEST and BEST name what a resumed run goes on from, with this progress, and remove older
+        ones that are no longer wanted, for the last save of a run may have been cut short before it did.
+
+        Where a newer one is damaged it stays, to be looked at until one is whole.
+        """
+        if self.saved is not None and self.saved == max(self.checkpoints.steps()):
+            self._point(self.saved, progress)

@@ -12,11 +12,11 @@ end of the process it takes one step and two saves at most: one that is on its w
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 from luthier.plan.settings import Settings
 from luthier.plan.show import duration
@@ -51,8 +51,8 @@ class Stops:
     ) -> None:
         self._signals, self._settings, self._clock = signals, settings, clock
         self._began = clock() if began is None else began
-        self._file = None if settings.stop_file is None else Path(settings.stop_file)
-        self._looked, self._file_came = clock(), self._file is not None and self._file.exists()
+        self._file = settings.stop_file
+        self._looked, self._file_came = clock(), self._file_is_there()
         self._steps: deque[float] = deque(maxlen=_NEWEST)
         self.first_step = 0.0
         self.is_writing: Callable[[], bool] = lambda: False
@@ -87,8 +87,12 @@ class Stops:
             return None
         now = self._clock()
         if not self._file_came and now - self._looked >= _LOOK_EVERY:
-            self._looked, self._file_came = now, self._file.exists()
+            self._looked, self._file_came = now, self._file_is_there()
         return f"the stop file {self._file}" if self._file_came else None
+
+    def _file_is_there(self) -> bool:
+        # os.path: on a disk that does not answer the file is not there, where Path.exists would raise
+        return self._file is not None and os.path.exists(self._file)
 
     @property
     def reason(self) -> str | None:

@@ -93,7 +93,7 @@ def train(
         trainee, identity = make_trainee(decoder, settings), identify(settings, dataset, base, hooks.weights)
         start = resume_from(run, trainee, identity, resume=resume)
         progress, keeper = start.progress, Keeper(start.checkpoints, settings.keep, start.saved)
-        keeper.mend(progress.best_step)
+        keeper.mend(progress)
         forget_after(run.events, progress.step, progress.evaluated)
         with ExitStack() as stack:
             stack.enter_context(only_math(settings.attention))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +9,7 @@ from statistics import fmean
 from pydantic import BaseModel
 
 from luthier.plan.proof import Load, Measured, Proof
+from luthier.train.events import newest_steps
 
 __all__ = ["last_step_seconds", "measured"]
 
@@ -34,11 +34,8 @@ class _Proof(BaseModel):
 
 def last_step_seconds(events: Path) -> float | None:
     """How long the newest step of all sittings in `events` took; None where there is none."""
-    newest = None
-    if events.exists():
-        with events.open("rb") as file:
-            newest = next(iter(deque((line for line in file if line.startswith(b'{"event":"step"')), maxlen=1)), None)
-    return None if newest is None else _Step.model_validate_json(newest).seconds
+    newest = newest_steps(events, 1)
+    return _Step.model_validate_json(newest[0]).seconds if newest else None
 
 
 def measured(events: Path, peaks: Mapping[str, float]) -> Measured:

@@ -35,7 +35,8 @@ def check_directory(run: RunDirectory, *, resume: bool) -> None:
     if not resume:
         raise UsageError(
             f"{run.path} already holds a trained run",
-            "train into another directory (--out), remove this one, or give it more steps with --resume",
+            "add --resume to do what is left of it (evaluation, exports) or to give it more steps; or train into "
+            "another directory (--out)",
         )
     if not Checkpoints(run.checkpoints).steps():
         raise UsageError(
@@ -85,7 +86,7 @@ def check_resumable(
 
 def _allowed(run: RunDirectory, state: State, identity: Identity, *, resume: bool) -> tuple[str, ...]:
     """The differences with which the run may go on. Raises UsageError where there are others."""
-    found = changes(state.identity, identity)
+    found = changes(state.identity, identity, untrained=state.progress.step == 0)
     refused = found.refused if resume else (*found.refused, *found.allowed)
     if refused:
         listed = "\n".join(f"  {difference}" for difference in (*found.refused, *found.allowed))

@@ -50,7 +50,7 @@ class Saving:
             self._tell(outcome)
         if not isinstance(outcome, Failed):
             return
-        what = f"the checkpoint of step {outcome.step} could not be written: {outcome.reason}{self._whole()}"
+        what = f"the checkpoint of step {outcome.step} could not be written: {outcome.reason}{self.whole()}"
         if must is None and outcome.no_room:
             message = f"{what}; the run goes on and tries again at its next checkpoint: make room on that disk"
             self.tell(WarningEvent(step=step, message=message, kind="disk"))
@@ -67,9 +67,10 @@ class Saving:
         if isinstance(outcome, Saved):
             self._tell(outcome)
         failed = f" (that of step {outcome.step}: {outcome.reason})" if isinstance(outcome, Failed) else ""
-        return self._whole() + failed
+        return self.whole() + failed
 
-    def _whole(self) -> str:
+    def whole(self) -> str:
+        """The last checkpoint that is whole, for the end of an error's message; "" where there is none."""
         saved = self.keeper.saved
         return "" if saved is None else f"; the last checkpoint, of step {saved}, is whole"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NoReturn
@@ -17,7 +17,7 @@ from luthier.kernels.choose import kernels_for
 from luthier.plan.proof import Adopted, Load
 from luthier.plan.settings import Settings
 from luthier.runs import RunDirectory
-from luthier.train.checkpoint import Follows, Progress, take_snapshot
+from luthier.train.checkpoint import Follows, Progress, made_with, take_snapshot
 from luthier.train.events import (
     EndEvent,
     EvalEvent,
@@ -38,7 +38,7 @@ from luthier.train.hooks import Hooks
 from luthier.train.identity import Identity, TrainingRows, identify
 from luthier.train.keeper import Keeper
 from luthier.train.limits import Stops
-from luthier.train.making import make_batches, make_trainee
+from luthier.train.making import make_batches
 from luthier.train.manifest import digest
 from luthier.train.memory import memory_now, memory_peak, out_of_memory, reset_peaks
 from luthier.train.proof import Trial, step_down
@@ -48,7 +48,7 @@ from luthier.train.schedule import learning_rate
 from luthier.train.spikes import Spikes
 from luthier.train.step import NOT_FINITE, NotFiniteError, StepError, StepResult, Trainee, take_step
 
-__all__ = ["Session", "make_batches", "make_trainee"]
+__all__ = ["Session"]
 
 
 class _GivenUpError(Exception):
@@ -94,16 +94,28 @@ class Session:
         return make_batches(self.dataset, self.settings)
 
     def tell(self, event: Event) -> None:
-        """Write the event down, then tell the listener."""
-        waited, self._waits = self._waits, not self.log.write(event)
+        """Write the event down, then tell the listener. Raises TrainingError where it cannot be written, but for a
+        disk without room."""
+        waited, self._waits = self._waits, not self._written(event)
         self.stops.learn(event)
         tell(self.listener, event)
         if self._waits and not waited:
             message = f"no room on the disk of {self.run.path}: events wait in memory until there is some"
             tell(self.listener, WarningEvent(step=event.step, message=message, kind="disk"))
 
+    def _written(self, event: Event) -> bool:
+        try:
+            return self.log.write(event)
+        except OSError as error:
+            self.keeper.collect(wait=True)  # and told by this message alone: the log has no place for it
+            raise TrainingError(
+                f"{self.run.events} cannot be written: {error.strerror}{self.saving.whole()}",
+                "mend that disk, then run the same command again with --resume",
+            ) from error
+
     def start(self) -> None:
         """Say what is about to be trained."""
+        made = made_with(self.trainee.decoder.device)
         self.tell(
             StartEvent(
                 step=self.progress.step,
@@ -111,6 +123,9 @@ class Session:
                 train_rows=len(self.dataset.train),
                 eval_rows=len(self.dataset.eval),
                 trainable_parameters=sum(leaf.numel() for leaf in self.trainee.parameters.values()),
+                torch=made.torch,
+                threads=made.threads,
+                processor=made.processor,
             )
         )
         decoder = self.trainee.decoder
@@ -173,9 +188,6 @@ class Session:
         )
         if self.hooks.adopt is not None:
             self.hooks.adopt(Adopted(self.settings, load, reason))
-        if self.keeper.has(0):  # with the settings that do not fit
-            self.save()
-            self.settle(must="the settings that fit could not be kept")
 
     def step(self, batches: Batches) -> None:
         """One optimizer step, with the micro-batches and the learning rate of its number.
@@ -343,6 +355,8 @@ class Session:
         remedy = "run the same command again with --resume to go on from there"
         if reason.startswith("train.max_time") and step == self._began:
             remedy += "; this sitting had no time for a single step: it needs a longer train.max_time"
+        if reason.startswith("the stop file"):
+            remedy = f"remove {self.settings.stop_file}, then {remedy}"
         raise Interrupted(f"{stopped}, the checkpoint is saved", remedy)
 
     def finish(self) -> EndEvent:
@@ -365,6 +379,8 @@ class Session:
             adapter_step=done.step,
         )
         self.tell(end)
+        with suppress(OSError):  # a disk without room, which has been told: the adapter is in place all the same
+            self.log.settle()
         return end
 
     @contextmanager

@@ -6,7 +6,9 @@ signal, from wherever the program is; the checkpoint on disk is whole even then,
 renamed.
 
 SIGHUP comes when the terminal goes (a closed window, a lost connection). What is written to that terminal afterwards
-fails, so standard output and error go nowhere from then on. Where SIGHUP is ignored already (nohup), it stays so.
+fails, so standard output and error go nowhere from then on. It comes more than once (the shell sends one to its jobs,
+then the kernel one to the terminal's processes; systemd one behind its SIGTERM), so it never counts as the second
+signal. Where it is ignored already (nohup), it stays so.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class StopSignals:
     def __init__(self, notice: Callable[[signal.Signals], str] | None = None) -> None:
         self.received: signal.Signals | None = None
         self.notice = notice
+        self._again: signal.Signals | None = None
         self._before: list[tuple[signal.Signals, signal._HANDLER]] = []
         self._terminals: tuple[int, ...] = ()
 
@@ -58,15 +61,23 @@ class StopSignals:
                     self._before.append((number, signal.signal(number, self._note)))
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before:
             signal.signal(number, handler)
+        # It may have struck within a library's C code that made an error of its own of it (torch does).
+        if self._again is not None and isinstance(error, Exception):
+            raise KeyboardInterrupt(self._again) from error
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             leave_terminal(self._terminals)
+            if self.received is not None:  # a shell and the kernel both send one: nobody insists
+                return
         if self.received is not None:
-            raise KeyboardInterrupt(signal.Signals(number))
+            self._again = signal.Signals(number)
+            raise KeyboardInterrupt(self._again)
         self.received = signal.Signals(number)
         if self.notice is not None:
             # Not by way of sys.stderr: the signal may have come while that was being written to.

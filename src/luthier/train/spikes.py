@@ -22,6 +22,8 @@ from statistics import median
 
 import orjson
 
+from luthier.train.events import newest_steps
+
 __all__ = ["LEAST", "WINDOW", "K", "Spikes"]
 
 WINDOW = 50
@@ -42,10 +44,7 @@ class Spikes:
     def read(cls, events: Path) -> Spikes:
         """What stands in an event log; nothing where there is none."""
         found = cls()
-        if events.exists():
-            with events.open("rb") as file:
-                newest = deque((line for line in file if line.startswith(b'{"event":"step"')), maxlen=WINDOW)
-            found._losses.extend(float(orjson.loads(line)["loss"]) for line in newest)
+        found._losses.extend(float(orjson.loads(line)["loss"]) for line in newest_steps(events, WINDOW))
         return found
 
     def add(self, loss: float) -> float | None:

@@ -1,8 +1,9 @@
 """Whether a run is what it was: its files to the byte, and its losses when steps are taken again.
 
 Files are held against the manifests that were written with them (manifest.py). Steps are repeated from a checkpoint
-with the data, settings and kernels of the run, and loss and gradient norm held against events.jsonl: on a CPU they are
-the same to the last bit, elsewhere within TOLERANCE, for sums are added there in an order that is nobody's to choose.
+with the data, settings, kernels and threads of the run, and loss and gradient norm held against events.jsonl. On a CPU
+of the same kind with the same torch they are the same to the last bit; elsewhere within TOLERANCE, for there sums are
+added in another order, or in one that is nobody's to choose.
 Nothing is written.
 """
 
@@ -22,7 +23,7 @@ from luthier.kernels import only_math
 from luthier.model.decoder import Decoder
 from luthier.plan.settings import Settings
 from luthier.runs import RunDirectory
-from luthier.train.checkpoint import load_checkpoint, read_state
+from luthier.train.checkpoint import load_checkpoint, made_with, read_state
 from luthier.train.checkpoints import Checkpoints, Pointer, name_of
 from luthier.train.identity import TrainingRows
 from luthier.train.making import make_batches, make_trainee
@@ -57,22 +58,27 @@ class FileCheck:
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """What events.jsonl says of a step."""
+    """What events.jsonl says of a step, and of the sitting that took it: torch's version, threads, processor ("" and 0
+    where the log does not say)."""
 
     loss: float
     grad_norm: float
     learning_rate: float
+    torch: str = ""
+    threads: int = 0
+    processor: str = ""
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A step taken again. `same`: to the last bit on a CPU, within TOLERANCE elsewhere."""
+    """A step taken again. `same`: to the last bit where that is to be (`exact`), else within TOLERANCE."""
 
     step: int
     logged: LoggedStep
     loss: float
     grad_norm: float
     same: bool
+    exact: bool
 
 
 def check_files(run: RunDirectory) -> list[FileCheck]:
@@ -93,6 +99,9 @@ def check_files(run: RunDirectory) -> list[FileCheck]:
     ]
     if run.adapter.is_dir():
         found += _folder(run.path, run.adapter, "adapter", None)
+    elif _has_ended(run):
+        fault = Fault("adapter", "is missing", "the adapter that the event log tells of", "no such folder")
+        found.append(FileCheck("adapter", 0, fault))
     if run.events.is_file():
         found.append(_events(run.path, run.events))
     return found
@@ -130,9 +139,8 @@ def _best(checkpoints: Checkpoints, whole: set[int]) -> int | None:
     """The whole checkpoint of the lowest held-out loss in the newest one's history; of equals the earlier."""
     if not whole:
         return None
-    history = read_state(checkpoints.path(max(whole))).progress.history
-    measured = [(loss, step) for step, loss in history if step in whole and step > 0]
-    return min(measured)[1] if measured else None
+    ranked = read_state(checkpoints.path(max(whole))).progress.ranked
+    return next((step for step, _ in ranked if step in whole), None)
 
 
 def _pointer(run: Path, checkpoints: Checkpoints, which: Pointer, whole: set[int], due: int | None) -> FileCheck:
@@ -160,6 +168,14 @@ def _events(run: Path, path: Path) -> FileCheck:
     return FileCheck(place, size, None)
 
 
+def _has_ended(run: RunDirectory) -> bool:
+    """Whether the log says that the run came to its end, and has not gone on since."""
+    if not run.events.is_file():
+        return False
+    with run.events.open("rb") as file:
+        return any((event := _event(line)) is not None and event["event"] == "end" for line in file)
+
+
 def _event(line: bytes) -> Mapping[str, object] | None:
     try:
         found = orjson.loads(line)
@@ -172,17 +188,33 @@ def _event(line: bytes) -> Mapping[str, object] | None:
 def logged_steps(run: RunDirectory) -> dict[int, LoggedStep]:
     """The steps in events.jsonl; lines that are none are passed over (`check_files` names them)."""
     found: dict[int, LoggedStep] = {}
+    sitting = _sitting({})
     if not run.events.is_file():
         return found
     with run.events.open("rb") as file:
         for line in file:
             event = _event(line)
-            if event is None or event["event"] != "step":
+            if event is None:
+                continue
+            if event["event"] == "start":
+                sitting = _sitting(event)
+            if event["event"] != "step":
                 continue
             figures = [event.get(name) for name in ("loss", "grad_norm", "learning_rate")]
             if all(isinstance(figure, (int, float)) for figure in figures):
-                found[cast(int, event["step"])] = LoggedStep(*cast("list[float]", figures))
+                loss, grad_norm, rate = cast("list[float]", figures)
+                found[cast(int, event["step"])] = LoggedStep(loss, grad_norm, rate, *sitting)
     return found
+
+
+def _sitting(start: Mapping[str, object]) -> tuple[str, int, str]:
+    """torch, threads and processor of a sitting, as its first event has them."""
+    torch_version, threads, processor = (start.get(name) for name in ("torch", "threads", "processor"))
+    return (
+        torch_version if isinstance(torch_version, str) else "",
+        threads if isinstance(threads, int) else 0,
+        processor if isinstance(processor, str) else "",
+    )
 
 
 def choose_start(run: RunDirectory, logged: Mapping[int, LoggedStep], steps: int) -> int | None:
@@ -225,19 +257,24 @@ def repeat(
     """
     folder = Checkpoints(run.checkpoints).path(start)
     torch.manual_seed(settings.seed)
-    with only_math(settings.attention), _threads(read_state(folder).made_with.threads if start else None):
+    now = made_with(decoder.device)
+    with only_math(settings.attention), _threads_as_before():
         trainee = make_trainee(decoder, settings)
         if start:
             load_checkpoint(folder, trainee)
         batches, done = make_batches(dataset, settings), start
         while (expected := logged.get(done + 1)) is not None:
+            if expected.threads:  # sums are cut by them
+                torch.set_num_threads(expected.threads)
             for group in trainee.optimizer.param_groups:
                 group["lr"] = expected.learning_rate
             result = take_step(trainee, batches.step(done), settings.clip)
             done += 1
             figures = (result.loss, result.grad_norm)
-            same = _same(figures, (expected.loss, expected.grad_norm), exact=decoder.device.type == "cpu")
-            told(Repeated(done, expected, *figures, same))
+            alike = expected.torch in ("", now.torch) and expected.processor in ("", now.processor)
+            exact = alike and decoder.device.type == "cpu"
+            same = _same(figures, (expected.loss, expected.grad_norm), exact=exact)
+            told(Repeated(done, expected, *figures, same, exact))
 
 
 def _same(found: tuple[float, float], logged: tuple[float, float], *, exact: bool) -> bool:
@@ -247,10 +284,9 @@ def _same(found: tuple[float, float], logged: tuple[float, float], *, exact: boo
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """As many threads as the run had: sums are cut by them."""
+def _threads_as_before() -> Iterator[None]:
+    """Put their number back at the end."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:
