@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.runs import atomic_folder, make_private, recover_folder, write_text
+from luthier.runs import atomic_folder, make_private, recover_folder, remove_litter, write_text
 
 KILLED = """
 import os, signal, sys
@@ -102,6 +102,16 @@ def test_nothing_to_recover(tmp_path: Path) -> None:
     folder(tmp_path / f".last.{dead_pid()}.tmp", "half")
     assert not recover_folder(tmp_path / "last")
     assert names(tmp_path) == []
+
+
+def test_what_a_kill_left_half_written_in_a_run_goes_and_nothing_else(tmp_path: Path) -> None:
+    kept = ("recipe.yaml", ".lock", ".adapter.7.old", "notes.tmp", "data/.hidden", "exports/hf", "checkpoints/.x.7.tmp")
+    left = (".recipe.yaml.7.tmp", ".adapter.7.tmp/half", "data/.data.json.99.tmp", "exports/.hf.12.tmp/model")
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_litter(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
 def test_a_folder_stopped_between_its_two_renames_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "open_new",
     "read_json",
     "recover_folder",
+    "remove_litter",
     "remove_path",
     "write_json",
     "write_text",
@@ -149,6 +150,21 @@ def _leftovers(path: Path) -> list[tuple[Path, int]]:
     name = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.(?:tmp|old)", re.ASCII)
     found = ((left, name.fullmatch(left.name)) for left in path.parent.iterdir())
     return [(left, int(match[1])) for left, match in found if match]
+
+
+_LITTER = re.compile(r"\..+\.\d{1,9}\.tmp", re.ASCII)
+
+
+def remove_litter(run: Path) -> None:
+    """Remove what killed processes left half-written in a run directory, beside the files that it was to become.
+
+    To be called with the run's lock held: nobody else writes there. Checkpoints are looked after by their keeper.
+    """
+    for folder in (run, run / "data", run / "exports"):
+        if folder.is_dir() and not folder.is_symlink():
+            for left in list(folder.iterdir()):
+                if _LITTER.fullmatch(left.name):
+                    remove_path(left)
 
 
 def remove_path(left: Path) -> None:

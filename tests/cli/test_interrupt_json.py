@@ -36,6 +36,20 @@ def test_a_recipe_that_is_not_there(luthier: Command) -> None:
     assert not Path("runs").exists()
 
 
+def test_a_signal_before_the_command_begins(luthier: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the command line is built: nobody has made an exit of it yet."""
+    from luthier.cli import main
+
+    def built(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", built)
+    ended = luthier("plan", "recipe.yaml", "--json")
+    assert (ended.code, error_of(ended)["kind"]) == (130, "Interrupted")
+    assert "nothing was left half-written" in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_data_that_is_not_there(luthier: Command, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     ended = luthier("run", "recipe.yaml", "--json")

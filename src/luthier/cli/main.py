@@ -72,9 +72,14 @@ def _run(words: list[str], debugging: bool, as_json: bool) -> None:
             raise
         console.print_error(error)
         _end(error, as_json)
+    except KeyboardInterrupt:  # before the command began: from there on typer makes an exit of it
+        console.say(_ENDED[_INTERRUPTED].message)
+        if as_json:
+            console.print_failure(_ENDED[_INTERRUPTED], _INTERRUPTED)
+        sys.exit(_INTERRUPTED)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:
-            console.say("interrupted; nothing was left half-written")
+            console.say(_ENDED[_INTERRUPTED].message)
         if as_json and isinstance(ended.code, int) and (failed := _ENDED.get(ended.code)):
             console.print_failure(failed, ended.code)
         raise

@@ -11,7 +11,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command of `sys.argv`."""
-    allocator.settle([word for word in sys.argv[1:] if word != "--debug"])
-    from luthier.cli.main import main as run  # here: what is imported before the process starts again is imported twice
-
+    try:
+        allocator.settle([word for word in sys.argv[1:] if word != "--debug"])
+        from luthier.cli.main import main as run  # here: what is imported before the new start is imported twice
+    except KeyboardInterrupt:
+        sys.exit(130)
     run()

@@ -25,6 +25,7 @@ from rich.markup import escape
 from luthier import lock
 from luthier.cli import console
 from luthier.errors import Interrupted
+from luthier.runs import remove_litter
 from luthier.train.signals import STOPPING, leave_terminal, terminals
 
 __all__ = ["sitting_began", "stage", "stopped_by", "working"]
@@ -43,6 +44,7 @@ def working(run: Path, command: str, *, resumes: bool) -> Iterator[None]:
     again = f"{_AGAIN} with --resume to go on from there" if resumes else _AGAIN
     try:
         with stage(f"{command} was at work"), _stopping_signals(), lock.hold(run, command, _say):
+            remove_litter(run)
             yield
     except Interrupted as stop:
         raise Interrupted(stop.message, stop.remedy or again) from stop
