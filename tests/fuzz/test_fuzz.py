@@ -1,7 +1,7 @@
 """Never anything but success or a LuthierError, no input over 2 s, no memory over 512 MiB.
 
-200 inputs of each kind in the ordinary suite, 20,000 in the slow tier, in processes of their own (worker.py). A failure
-is named by kind and seed: `CASES[kind]().make(Random(seed))` is the input.
+200 inputs of each kind in the ordinary suite, 20,000 in the slow tier (2,000 of two slow kinds), in processes of their
+own (worker.py). A failure is named by kind and seed: `CASES[kind]().make(Random(seed))` is the input.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from tests.fuzz.worker import SEED, fault
 ROOT = Path(__file__).resolve().parents[2]
 MOST_MIB = 512
 """Half of what the process may take: beyond that it is stopped, so only less can be seen here."""
+
+
+SLOW = {"tokenizer settings": 2_000, "adapters": 2_000}
+"""Kinds of which an input takes a tenth of a second, for transformers reads it or a model is made for it."""
 
 
 def _at(folder: Path) -> str:
@@ -81,4 +85,4 @@ def test_the_end_of_memory_is_a_failure() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 def test_many(kind: str, tmp_path: Path) -> None:
-    fuzz(kind, 20_000, tmp_path)
+    fuzz(kind, SLOW.get(kind, 20_000), tmp_path)
