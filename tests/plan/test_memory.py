@@ -336,6 +336,23 @@ def test_a_fuller_micro_batch_never_needs_less(one: Work, documents: int, tokens
             assert predict_memory(fuller, "cpu").phase("train").bytes >= held
 
 
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({"step_tokens": 1500.0}, True),
+        ({"step_tokens": 3000.0, "micro_batches": 2}, True),
+        ({"step_tokens": 1500.0, "precision": "fp32"}, True),
+        ({"step_tokens": 2000.0}, False),
+        ({}, False),
+    ],
+)
+def test_kernels_are_built_for_micro_batches_of_many_lengths(changes: dict[str, object], counted: bool) -> None:
+    """Where all are as long as the largest, or nothing says how long they are, one number of rows comes up."""
+    for kind in ("cpu", "cuda"):
+        parts = predict_memory(work(**changes), kind).phase("train").parts  # type: ignore[arg-type]
+        assert ("kernels" in {part.name for part in parts}) == (counted and kind == "cpu")
+
+
 def test_fsdp_cuts_weights_state_and_nothing_else() -> None:
     whole, cut = (predict_memory(work(sharding=s, devices=4), "cuda").phase("train") for s in ("none", "fsdp"))
     at = {part.name: part.bytes for part in whole.parts}

@@ -61,6 +61,13 @@ _CONTEXT_NF4: dict[DeviceKind, int] = {"cpu": 100 * MIB, "cuda": 0, "mps": 0}  #
 SLACK: dict[DeviceKind, float] = {"cpu": 0.10, "cuda": 0.05, "mps": 0.10}
 """Share of what comes and goes in a step that the allocator holds on top."""
 
+_SHAPE = 24 * MIB
+"""What oneDNN keeps for each number of rows that comes up: a kernel for each of a layer's products, of whatever size.
+Fitted to three runs on GSM8K's rows (docs/decisions/0009)."""
+_MOST_SHAPES = 16
+_UNEQUAL = 1.05
+"""Above so many times the average tokens a micro-batch's largest shows that their lengths differ; packs hardly do."""
+
 _MATMUL_WORKSPACE: dict[DeviceKind, int] = {"cpu": 0, "cuda": 32 * MIB, "mps": 0}  # cuBLAS, on Hopper its largest
 _HOST_CONTEXT = 1536 * MIB  # python and torch with the CUDA libraries; assumed
 _SHARD = 5 * 10**9  # bytes of the largest file of weights, as models on the hub are usually cut
@@ -77,12 +84,12 @@ def weight_bytes(work: Work) -> int:
 
 def predict_memory(work: Work, kind: DeviceKind, written: Written = NOTHING_KEPT) -> Memory:
     """What `work` holds on each device of this kind, on the host, and on disk where this is to be written."""
-    shares = _shares(work, kind)
+    shares, built = _shares(work, kind), _built(work, kind)
     if kind == "cpu" and work.precision != "fp32":
         work = _filled(work, shares)
-    phases = [Phase("load", _load(work, kind)), Phase("train", _train(work, kind, shares))]
+    phases = [Phase("load", _load(work, kind)), Phase("train", (*_train(work, kind, shares), *built))]
     if work.evaluation_tokens:
-        phases.append(Phase("evaluate", _evaluate(work, kind)))
+        phases.append(Phase("evaluate", (*_evaluate(work, kind), *built)))
     disk = predict_disk(work.config, _trained(work), work.optimizer, written)
     return Memory(tuple(phases), _host(work, kind), disk)
 
@@ -93,6 +100,16 @@ def _shares(work: Work, kind: DeviceKind) -> int:
     alone = kind != "cpu" or work.dropout > 0 or work.precision == "fp16" or work.documents < 2
     small = work.tokens < 2 * LEAST or work.tokens * work.config.hidden_size < WORTH
     return 1 if alone or small else 2
+
+
+def _built(work: Work, kind: DeviceKind) -> tuple[Part, ...]:
+    """The kernels that oneDNN keeps where micro-batches differ in length: on GSM8K a third of the numbers of rows up to
+    the largest come up, in multiples of ROWS. fp32 has more numbers and smaller kernels."""
+    average = work.step_tokens / work.micro_batches
+    if kind != "cpu" or not 0 < _UNEQUAL * average < work.tokens:
+        return ()
+    shapes = min(_MOST_SHAPES, work.tokens / (3 * ROWS))
+    return (Part("kernels", int(shapes * _SHAPE), "oneDNN's, for each number of rows"),)
 
 
 def _filled(work: Work, shares: int) -> Work:
