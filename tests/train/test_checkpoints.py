@@ -223,3 +223,4 @@ def test_nothing_goes_while_a_newer_one_is_damaged(tmp_path: Path) -> None:
         save(tmp_path, snapshot(step), keep=9)
     Keeper(Checkpoints(tmp_path), 1, 4).mend(snapshot(4).state.progress)
     assert Checkpoints(tmp_path).steps() == [6, 4, 2]
+    assert Checkpoints(tmp_path).pointer("LATEST") == 4

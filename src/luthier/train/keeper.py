@@ -137,13 +137,15 @@ class Keeper:
                 write_checkpoint(beside, snapshot)
                 self._go_on()
         self._go_on()
-        self._point(step, snapshot.state.progress)
+        best = self._point(step, snapshot.state.progress)
+        self._go_on()
+        checkpoints.retain(step, self.keep, best)
         return checkpoints.pointer("BEST") == step
 
-    def _point(self, newest: int, progress: Progress) -> None:
-        """Have LATEST and BEST name what they are to name, then remove what is no longer wanted.
+    def _point(self, newest: int, progress: Progress) -> int | None:
+        """Have LATEST and BEST name what they are to name; gives the best, None where nothing was held out.
 
-        The best is that of the lowest held-out loss of those that are there: for a better one there may have been no
+        That is the one of the lowest held-out loss of those that are there: for a better one there may have been no
         room on the disk.
         """
         checkpoints = self.checkpoints
@@ -153,8 +155,7 @@ class Keeper:
             if step is not None and checkpoints.pointer(which) != step:
                 self._go_on()
                 checkpoints.point(which, step)
-        self._go_on()
-        checkpoints.retain(newest, self.keep, best)
+        return best
 
     def _is_written(self, snapshot: Snapshot) -> bool:
         """Whether this very state is whole on disk: a stop came when it had been saved. Without the held-out loss that
@@ -168,7 +169,10 @@ class Keeper:
         """After a kill: have LATEST and BEST name what a resumed run goes on from, with this progress, and remove older
         ones that are no longer wanted, for the last save of a run may have been cut short before it did.
 
-        Where a newer one is damaged it stays, to be looked at until one is whole.
+        Where a newer one is damaged all stay, to be looked at until a newer one is whole.
         """
-        if self.saved is not None and self.saved == max(self.checkpoints.steps()):
-            self._point(self.saved, progress)
+        if self.saved is None:
+            return
+        best = self._point(self.saved, progress)
+        if self.saved == max(self.checkpoints.steps()):
+            self.checkpoints.retain(self.saved, self.keep, best)
