@@ -207,7 +207,7 @@ class PlainDisplay:
         self._say(f"warning at step {event.step}: {event.message}")
 
     def on_interrupt(self, event: InterruptEvent) -> None:
-        self._say(f"{event.reason or event.signal}: stopped after step {event.step}, checkpoint saved")
+        """Nothing: the error that follows says it, and what to do next."""
 
     def on_end(self, event: EndEvent) -> None:
         self._say(self._progress.ending(event))
@@ -287,11 +287,9 @@ class RichDisplay:
     def on_warning(self, event: WarningEvent) -> None:
         self._console.print(Text(f"warning at step {event.step}: {event.message}", style="yellow"))
 
-    def on_interrupt(self, event: InterruptEvent) -> None:
+    def on_interrupt(self, event: InterruptEvent) -> None:  # noqa: ARG002  (a listener's)
+        """Leave the terminal to the error that follows: it says why, and what to do next."""
         self.close()
-        self._console.print(
-            Text(f"{event.reason or event.signal}: stopped after step {event.step}, checkpoint saved", style="yellow")
-        )
 
     def on_end(self, event: EndEvent) -> None:
         self.close()
