@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before any import of the Hugging Face libraries: tests never go to the network.
@@ -19,6 +20,11 @@ import pytest
 from luthier.hardware.calibrate import calibrate, estimate_rates
 from luthier.hardware.probe import this_device
 from tests import tiny
+
+# Begun by nohup, or in the background of a shell, they are ignored here and in every process that a test starts.
+for _number, _usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

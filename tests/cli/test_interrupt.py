@@ -240,7 +240,10 @@ def test_a_terminal_that_goes_away_costs_nothing(tmp_path: Path) -> None:
     while b"tokens/s" not in said:  # the panel stands, and steps are taken
         said += os.read(master, 4096)
     os.close(master)
-    assert process.wait(timeout=60) == 75, said.decode()
+    try:
+        assert process.wait(timeout=60) == 75, said.decode()
+    finally:
+        process.kill()
     (line,) = events_of(folder / "run" / "events.jsonl", "interrupt")
     assert (line["signal"], line["reason"]) == ("SIGHUP", "SIGHUP")
     assert Checkpoints(folder / "run" / "checkpoints").newest_whole().step == line["step"]
