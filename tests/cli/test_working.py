@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,25 @@ def test_a_terminal_that_goes_is_no_second_signal(tmp_path: Path, first: signal.
 
     with pytest.raises(Interrupted, match=f"{first.name}: stopped"), working(tmp_path, "luthier run", resumes=True):
         both()
+
+
+WITHIN_A_TEXT = """
+import signal, sys
+from pathlib import Path
+from luthier.cli.working import working
+from luthier.errors import Interrupted
+try:
+    with working(Path(sys.argv[1]), "luthier run", resumes=True):
+        exec("signal.raise_signal(signal.SIGTERM)")
+except Interrupted as stop:
+    sys.exit(stop.exit_code)
+"""
+
+
+def test_a_signal_within_code_from_a_text_ends_with_our_exit_code(tmp_path: Path) -> None:
+    """As a module's dataclasses are made while it is imported: Python would kill itself at its end."""
+    ended = subprocess.run([sys.executable, "-c", WITHIN_A_TEXT, str(tmp_path)], check=False)
+    assert ended.returncode == 75
 
 
 def test_an_error_without_a_signal_stays_what_it_is(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from luthier.errors import LuthierError
 from luthier.runs import RunDirectory
 from luthier.train.events import StepEvent
 from luthier.train.loop import train
+from luthier.train.signals import StopNow
 from tests.train.world import Recorder, make_rows, make_settings, tiny_decoder
 
 
@@ -48,6 +49,8 @@ def main() -> int:
     except LuthierError as error:
         sys.stderr.write(f"{error.message}\n{error.remedy}\n")
         return error.exit_code
+    except StopNow as stop:
+        return 128 + int(stop.args[0])
     return 0
 
 

@@ -83,7 +83,8 @@ def test_a_second_signal_stops_at_once_with_the_checkpoint_whole(tiny_llama: Pat
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)  # without the line that it waits for
-    assert process.returncode == -signal.SIGINT, errors
+    # Sent at once, they may be handled in either order.
+    assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM), errors
     assert checkpoint(out).name == "step-000002"
     expected = run_it(tiny_llama, tmp_path / "whole")
     assert_same_run(out, run_it(tiny_llama, out, resume=True), (tmp_path / "whole", expected))

@@ -26,7 +26,7 @@ from luthier import lock
 from luthier.cli import console
 from luthier.errors import Interrupted
 from luthier.runs import remove_litter
-from luthier.train.signals import STOPPING, leave_terminal, terminals
+from luthier.train.signals import STOPPING, StopNow, leave_terminal, terminals
 
 __all__ = ["sitting_began", "stage", "stopped_by", "working"]
 
@@ -98,7 +98,7 @@ def _stopping_signals() -> Iterator[None]:
         if came is not None:
             os._exit(Interrupted.exit_code)
         came = signal.Signals(number)
-        raise KeyboardInterrupt(came)
+        raise StopNow(came)
 
     before = [(number, signal.getsignal(number)) for number in STOPPING]
     caught = [number for number, handler in before if number != signal.SIGHUP or handler != signal.SIG_IGN]
@@ -111,7 +111,7 @@ def _stopping_signals() -> Iterator[None]:
     except Exception as error:
         if came is None:
             raise
-        raise KeyboardInterrupt(came) from error
+        raise StopNow(came) from error
     finally:
         for number, handler in before:
             if number in caught:

@@ -1,9 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP while training: the first asks for a stop after the step, the second stops at once.
 
 A handler does nothing but note the signal and say that it was seen: the loop looks at the note where its state is whole
-(after an update is applied), saves and raises `Interrupted`. The second signal raises KeyboardInterrupt, with the
-signal, from wherever the program is; the checkpoint on disk is whole even then, for it is written beside its place and
-renamed.
+(after an update is applied), saves and raises `Interrupted`. The second signal raises StopNow, with the signal, from
+wherever the program is; the checkpoint on disk is whole even then, for it is written beside its place and renamed.
 
 SIGHUP comes when the terminal goes (a closed window, a lost connection). What is written to that terminal afterwards
 fails, so standard output and error go nowhere from then on. It comes more than once (the shell sends one to its jobs,
@@ -20,10 +19,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 
-__all__ = ["STOPPING", "StopSignals", "leave_terminal", "terminals"]
+__all__ = ["STOPPING", "StopNow", "StopSignals", "leave_terminal", "terminals"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What asks a process to end and gives it time to."""
+
+
+class StopNow(KeyboardInterrupt):
+    """A signal that is to end what is being done; its argument is the signal.
+
+    A kind of its own, for Python notes where a plain KeyboardInterrupt leaves code that was run from a text (a
+    dataclass in a module that is being imported), and at its end kills itself by SIGINT, whatever the exit code was.
+    """
 
 
 def terminals() -> tuple[int, ...]:
@@ -68,7 +75,7 @@ class StopSignals:
             signal.signal(number, handler)
         # It may have struck within a library's C code that made an error of its own of it (torch does).
         if self._again is not None and isinstance(error, Exception):
-            raise KeyboardInterrupt(self._again) from error
+            raise StopNow(self._again) from error
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -77,7 +84,7 @@ class StopSignals:
                 return
         if self.received is not None:
             self._again = signal.Signals(number)
-            raise KeyboardInterrupt(self._again)
+            raise StopNow(self._again)
         self.received = signal.Signals(number)
         if self.notice is not None:
             # Not by way of sys.stderr: the signal may have come while that was being written to.
