@@ -13,7 +13,7 @@ from luthier.hardware.device import Device
 from luthier.model.config import PROJECTIONS, ModelConfig
 from luthier.plan.choose import DataFacts, Epoch, Lengths, choose
 from luthier.plan.plan import Plan
-from luthier.plan.search import Candidate, Pinned, Task, search
+from luthier.plan.search import NEAR, Candidate, Pinned, Task, search
 from luthier.recipe.load import recipe_from_mapping
 
 CLASSES = [(base, state) for base in ("none", "nf4") for state in ("adamw", "adamw-8bit", "paged-adamw-8bit")]
@@ -78,12 +78,15 @@ def rank(found: Candidate) -> int:
 
 
 def no_worse(better: Candidate | None, than: Candidate | None) -> bool:
-    """Whether what `better` had more room for is of a better class, or of the same and not slower."""
+    """Whether what `better` had more room for is of a better class, or of the same and not slower than NEAR allows.
+
+    With more memory a candidate that recomputes less takes another's place, so the leanest near it may be another.
+    """
     if than is None:
         return True
     if better is None or rank(better) > rank(than):
         return False
-    return rank(better) < rank(than) or better.speed.step_seconds <= than.speed.step_seconds
+    return rank(better) < rank(than) or better.speed.step_seconds <= NEAR * than.speed.step_seconds
 
 
 @settings(max_examples=150, deadline=None)

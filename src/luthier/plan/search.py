@@ -14,9 +14,10 @@ faster plan, for it leaves room to keep activations that 16-bit would have to re
 learned on, and 8-bit state rounds the moments, so both are taken only where nothing else fits; what it would have
 been in 4 bits stands in the decision. Paged state is never taken unasked.
 
-Within a class a candidate's predicted time depends on the candidate alone, and more memory only adds candidates that
-need more than all before. So where the choice changes, the one before is no longer near the fastest: more memory gives
-neither a slower plan of the same class nor a worse class, and the same holds of a smaller margin.
+Within a class a candidate's predicted time depends on the candidate alone, and more memory makes the fastest no slower.
+What is taken is within NEAR of that, so more memory gives no worse class and no plan of the same class that is slower
+than NEAR allows (a candidate that recomputes less takes another's place, so the leanest may be a slightly slower one);
+the same holds of a smaller margin.
 
 Memory rises with the micro-batch, and falls with every layer that is recomputed, from the first on. The last layer is a
 case of its own: recomputing it keeps less while the loss is computed, but as its backward pass comes first, nothing has
