@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from luthier import lock
 from luthier.cli import console
 from luthier.errors import Interrupted
 from luthier.runs import remove_litter
-from luthier.train.signals import STOPPING, StopNow, leave_terminal, terminals
+from luthier.train.signals import StopNow, handling, leave_terminal, terminals
 
 __all__ = ["sitting_began", "stage", "stopped_by", "working"]
 
@@ -83,9 +82,6 @@ def _stopping_signals() -> Iterator[None]:
     What they raise may come out as another error: where it strikes within a library's C code that makes its own of it
     (torch: "could not determine the shape of object"). So after a signal any error is taken for the interruption.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     here = terminals()
     came: signal.Signals | None = None
 
@@ -100,19 +96,12 @@ def _stopping_signals() -> Iterator[None]:
         came = signal.Signals(number)
         raise StopNow(came)
 
-    before = [(number, signal.getsignal(number)) for number in STOPPING]
-    caught = [number for number, handler in before if number != signal.SIGHUP or handler != signal.SIG_IGN]
     try:
-        for number in caught:  # but for SIGHUP where nohup has it ignored
-            signal.signal(number, stop)
-        yield
+        with handling(stop):
+            yield
     except Interrupted:
         raise
     except Exception as error:
         if came is None:
             raise
         raise StopNow(came) from error
-    finally:
-        for number, handler in before:
-            if number in caught:
-                signal.signal(number, handler)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
-__all__ = ["STOPPING", "StopNow", "StopSignals", "leave_terminal", "terminals"]
+__all__ = ["STOPPING", "StopNow", "StopSignals", "handling", "leave_terminal", "terminals"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What asks a process to end and gives it time to."""
@@ -46,6 +46,24 @@ def leave_terminal(numbers: tuple[int, ...]) -> None:
     os.close(nowhere)
 
 
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` called for STOPPING while the block runs, but for SIGHUP where it is ignored; then as before.
+
+    Off the main thread Python allows no handlers: there it does nothing.
+    """
+    on_main = threading.current_thread() is threading.main_thread()
+    before = [(number, signal.getsignal(number)) for number in STOPPING] if on_main else []
+    taken = [(number, former) for number, former in before if number != signal.SIGHUP or former != signal.SIG_IGN]
+    try:
+        for number, _ in taken:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, former in taken:
+            signal.signal(number, former)
+
+
 class StopSignals:
     """A context in which the first of STOPPING sets `received` instead of ending the program.
 
@@ -57,22 +75,18 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self.notice = notice
         self._again: signal.Signals | None = None
-        self._before: list[tuple[signal.Signals, signal._HANDLER]] = []
+        self._handling = handling(self._note)
         self._terminals: tuple[int, ...] = ()
 
     def __enter__(self) -> StopSignals:
         self._terminals = terminals()
-        if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
-                if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before.append((number, signal.signal(number, self._note)))
+        self._handling.__enter__()
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before:
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
         # It may have struck within a library's C code that made an error of its own of it (torch does).
         if self._again is not None and isinstance(error, Exception):
             raise StopNow(self._again) from error
