@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -29,6 +30,8 @@ def reference(spec: SamplingSpec, logits: torch.Tensor, history: tuple[int, ...]
         steps.append(TopKLogitsWarper(spec.top_k))
     if spec.temperature and spec.top_p < 1.0:
         steps.append(TopPLogitsWarper(spec.top_p))
+    if spec.temperature and spec.min_p:
+        steps.append(MinPLogitsWarper(spec.min_p))
     return steps(torch.tensor([history]), logits[None].clone())[0]
 
 
@@ -41,6 +44,9 @@ def reference(spec: SamplingSpec, logits: torch.Tensor, history: tuple[int, ...]
         SamplingSpec(temperature=1.0, top_p=0.83),
         SamplingSpec(temperature=1.0, top_p=0.0),
         SamplingSpec(temperature=1.0, top_k=5000),
+        SamplingSpec(temperature=1.0, min_p=0.07),
+        SamplingSpec(temperature=1.3, min_p=1.0),
+        SamplingSpec(temperature=1.2, top_p=0.95, top_k=40, repetition_penalty=1.1, min_p=0.02),
         SamplingSpec(temperature=1.6, top_p=0.9, top_k=11, repetition_penalty=0.8),
         SamplingSpec(temperature=0.3, top_p=0.5, top_k=50, repetition_penalty=1.7),
     ],
@@ -92,6 +98,8 @@ def test_the_seed_decides() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 1.1}, "top-p"),
         ({"top_k": -1}, "top-k"),
+        ({"min_p": 1.01}, "min-p"),
+        ({"min_p": float("nan")}, "min-p"),
         ({"repetition_penalty": 0.0}, "repetition penalty"),
         ({"repetition_penalty": 1e-45}, "repetition penalty"),
         ({"repetition_penalty": float("nan")}, "repetition penalty"),

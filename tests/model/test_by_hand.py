@@ -376,6 +376,6 @@ def test_kernels_without_gradients_by_hand_are_refused(folders: dict[str, Path])
     decoder = make_decoder(folders["llama"], LoRASpec(3, 7.0))
     decoder.use(replace(TORCH, by_hand=None, name="none"))
     ids = torch.arange(5)
-    positions = decoder._positions(ids, None, None)
+    positions = decoder._positions(ids, None, ())
     with pytest.raises(ValueError, match="`none` have no gradients by hand"):
         layer_by_hand(decoder.layers[0], torch.zeros(5, 48), positions, None, recompute=False)

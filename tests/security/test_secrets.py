@@ -220,13 +220,13 @@ def test_no_table_moves_the_cursor(luthier: Command, tmp_path: Path) -> None:
 
 def test_no_answer_moves_the_cursor(luthier: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written to a terminal; in a file stands what the model said."""
-    from luthier.generate.generate import Completion, complete
+    from luthier.generate.generate import Completion, answer_all
 
-    def said(*arguments: object, on_text: Callable[[str], None], **more: object) -> Completion:
-        on_text("a\x1b[2Jb")
-        return complete(*arguments, **more)  # type: ignore[arg-type]
+    def said(*arguments: object, on_text: Callable[[int, str], None], **more: object) -> list[Completion]:
+        on_text(0, "a\x1b[2Jb")
+        return answer_all(*arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("luthier.cli.talk.complete", said)
+    monkeypatch.setattr("luthier.cli.talk.answer_all", said)
     for terminal, expected in ((True, "a\\x1b[2Jb"), (False, "a\x1b[2Jb")):
         monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
         ended = luthier("generate", "sprig", "--prompt", "hello", "--max-tokens", "1")

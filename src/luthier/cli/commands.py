@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from luthier.cli import console, data_commands
 from luthier.cli.options import Json, Sets
+from luthier.errors import UsageError
 from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ Resume = Annotated[
 Temperature = Annotated[float, typer.Option(min=0.0, max=5.0, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many likeliest tokens; 0: from all.")]
+MinP = Annotated[
+    float, typer.Option("--min-p", min=0.0, max=1.0, help="Draw from tokens at least this share of the likeliest.")
+]
+Stops = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text. Repeatable.")]
 Penalty = Annotated[
     float, typer.Option("--repetition-penalty", min=0.01, max=10.0, help="Above 1: tokens seen already count less.")
 ]
@@ -298,7 +303,10 @@ def export(
 
 def generate(
     run: Tuned,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask; - reads it from standard input.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option("--prompt", "-p", help="What to ask; - reads it from standard input. Repeatable: all at once."),
+    ],
     system: System = None,
     base: BaseOnly = False,
     temperature: Temperature = 0.7,
@@ -307,15 +315,24 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     max_tokens: MaxTokens = 256,
     seed: Seed = 0,
+    min_p: MinP = 0.0,
+    stop: Stops = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", min=0, max=20, help="With --json: each token's logprob and this many alternatives."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer one prompt, as it comes."""
+    """Answer a prompt as it comes, or several at once."""
     from luthier.cli import talk
     from luthier.generate.sampling import SamplingSpec
 
-    spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed)
-    asked = talk.read_prompt(prompt)
-    talk.answer_once(talk.open_target(run, base_only=base), asked, system, talk.Limits(spec, max_tokens), as_json)
+    spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed, min_p)
+    limits = talk.Limits(spec, max_tokens, tuple(stop or ()), logprobs)
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs has no place in plain text", "add --json")
+    asked = talk.read_prompts(prompt)
+    talk.answer_once(talk.open_target(run, base_only=base), asked, system, limits, as_json)
 
 
 def chat(
@@ -328,10 +345,13 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     max_tokens: MaxTokens = 512,
     seed: Seed = 0,
+    min_p: MinP = 0.0,
+    stop: Stops = None,
 ) -> None:
     """Talk with the tuned model. /reset forgets, /quit ends, Ctrl-C stops an answer."""
     from luthier.cli import talk
     from luthier.generate.sampling import SamplingSpec
 
-    spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed)
-    talk.converse(talk.open_target(run, base_only=base), system, talk.Limits(spec, max_tokens))
+    spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed, min_p)
+    limits = talk.Limits(spec, max_tokens, tuple(stop or ()))
+    talk.converse(talk.open_target(run, base_only=base), system, limits)

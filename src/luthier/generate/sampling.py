@@ -1,12 +1,13 @@
 """From the logits of one position to one token.
 
 The steps and their order are those of transformers' `generate`: repetition penalty, then, unless the choice is greedy,
-temperature, top-k, top-p, softmax, one draw.
+temperature, top-k, top-p, min-p, softmax, one draw.
 
     penalty   l_v <- l_v / p where l_v > 0, l_v * p where l_v < 0, for every token v seen so far (prompt included)
               (Keskar et al. 2019, CTRL, section 4.1, in the sign-aware form that transformers uses)
     top-k     only the k largest logits stay (Fan et al. 2018)
     top-p     only the smallest set of likeliest tokens whose probabilities sum to p stays (Holtzman et al. 2020)
+    min-p     only tokens at least p times as probable as the likeliest stay (Nguyen et al. 2024)
 
 Shapes: V vocabulary.
 """
@@ -39,9 +40,9 @@ PENALTIES = (1e-3, 1e3)
 class SamplingSpec:
     """How tokens are drawn. Raises UsageError for values that mean nothing.
 
-    `temperature` 0 (any below 1e-4) takes the likeliest token always; then `top_p` and `top_k` have no effect, and the
-    seed none either. `top_k` 0 and `top_p` 1 let every token stay. `repetition_penalty` 1 changes nothing, above 1
-    makes tokens seen already less likely.
+    `temperature` 0 (any below 1e-4) takes the likeliest token always; then `top_p`, `top_k` and `min_p` have no effect,
+    and the seed none either. `top_k` 0, `top_p` 1 and `min_p` 0 let every token stay. `repetition_penalty` 1 changes
+    nothing, above 1 makes tokens seen already less likely.
     """
 
     temperature: float = 0.0
@@ -49,6 +50,7 @@ class SamplingSpec:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         wrong: list[str] = []
@@ -56,6 +58,8 @@ class SamplingSpec:
             wrong.append(f"temperature is {self.temperature}, it must be 0 or more")
         if not 0 <= self.top_p <= 1:
             wrong.append(f"top-p is {self.top_p}, it must lie between 0 and 1")
+        if not 0 <= self.min_p <= 1:
+            wrong.append(f"min-p is {self.min_p}, it must lie between 0 and 1")
         if self.top_k < 0:
             wrong.append(f"top-k is {self.top_k}, it must be 0 (all) or more")
         if not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]:
@@ -104,6 +108,12 @@ def _top_p(logits_V: Tensor, p: float) -> Tensor:
     return logits_V.masked_fill(torch.zeros_like(below).scatter(0, order, below), -math.inf)
 
 
+def _min_p(logits_V: Tensor, p: float) -> Tensor:
+    probabilities_V = logits_V.softmax(-1)
+    below_V = probabilities_V < p * probabilities_V.max()  # the likeliest is not below: p is 1 at most
+    return logits_V.masked_fill(below_V, -math.inf)
+
+
 def shape_logits(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec) -> Tensor:
     """The fp32 logits [V] from which the token is drawn: -inf where a token is ruled out. `logits_V` is not changed."""
     shaped_V = logits_V.float()
@@ -117,6 +127,8 @@ def shape_logits(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec) -
         shaped_V = _top_k(shaped_V, spec.top_k)
     if spec.top_p < 1.0:
         shaped_V = _top_p(shaped_V, spec.top_p)
+    if spec.min_p > 0.0:
+        shaped_V = _min_p(shaped_V, spec.min_p)
     return shaped_V
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from luthier.kernels.attention import attention
 from luthier.kernels.by_hand import Differentiable
+from luthier.kernels.check_decoding import decoding_pairs
 from luthier.kernels.loss import cross_entropy
 from luthier.kernels.native import DTYPES, Native
 from luthier.kernels.pointwise import rms_norm, rope, swiglu
@@ -30,7 +31,7 @@ LENGTHS, HEADS, KEY_HEADS, SIZE = (1, 70, 3), 4, 2, 18
 def disagreement(ops: Native) -> str | None:
     """What is wrong, as the end of a sentence; None where all kernels agree with the reference."""
     for dtype, name in DTYPES.items():
-        for kernel, ours, wanted in _pairs(ops, dtype):
+        for kernel, ours, wanted in (*_pairs(ops, dtype), *decoding_pairs(ops, dtype)):
             error = (ours.float() - wanted).abs().max() / wanted.abs().max()
             if not bool(error <= TOLERANCE[dtype]):  # NaN is no agreement
                 return f"computes {kernel} in {name} wrongly here (off by {float(error):.1g} of the largest number)"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["DTYPES", "Native"]
 
-INTERFACE = 1
+INTERFACE = 2
 """Of the C functions; the same as in native/kernels.c."""
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -32,6 +32,7 @@ _ARGUMENTS = {  # p a tensor or None, l an integer, f a number, as the functions
     "attention": "pppppp" + "llllll",
     "attention_backward": "pppppppppp" + "llllll",
     "cross_entropy": "pppplll",
+    "decode": "ppp",  # addresses of structures, see decoding.py
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
@@ -111,6 +112,10 @@ class Native:
         loss_N = torch.empty(logits_NV.shape[0])
         self._call("cross_entropy", logits_NV, logits_NV, labels_N, weights_N, loss_N, *logits_NV.shape, int(gradient))
         return loss_N, logits_NV
+
+    def decode(self, model: int, rows: int, logits_RV: Tensor) -> None:
+        """Fill `logits_RV` after one step; the others are addresses of structures (decoding.py)."""
+        self._call("decode", logits_RV, model, rows, logits_RV)
 
     def _call(self, name: str, like: Tensor, *arguments: Tensor | ctypes.Array[ctypes.c_int64] | float | None) -> None:
         """Call `name` for the dtype of `like`. Raises MemoryError where it says that it found none."""

@@ -10,7 +10,7 @@ Numbers follow transformers: norms and rotary angles in fp32, everything else in
 
 Legend: T tokens of all documents one after another, S cached tokens, D hidden size, H heads, K key heads, d head size,
 V vocabulary. There is no batch dimension and no padding: `lengths` says how T divides into documents, each of which
-starts at position 0 and sees itself only.
+starts at position 0, or where its cache ends, and sees itself only.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ __all__ = ["Decoder"]
 
 @dataclass(frozen=True)
 class Positions:
-    """What all layers share in one forward: the rotary tables of the tokens, and the documents or the cache."""
+    """What all layers share in one forward: the rotary tables of the tokens, the documents, and a cache of each or
+    none."""
 
     cos: Tensor  # (T, d)
     sin: Tensor
     lengths: tuple[int, ...]
-    cache: Cache | None
+    caches: tuple[Cache, ...]
 
 
 class _Norm(nn.Module):
@@ -80,13 +81,20 @@ class _Attention(nn.Module):
         kernels = self.kernels
         q_THd = kernels.rope(q_THd, positions.cos, positions.sin)
         k_TKd = kernels.rope(k_TKd, positions.cos, positions.sin)
-        if positions.cache is None:
+        if not positions.caches:
             o_THd = kernels.attention(q_THd, k_TKd, v_TKd, positions.lengths, self.window)
         else:
-            k_SKd, v_SKd = positions.cache.extend(self.layer, k_TKd, v_TKd)
-            o_THd = kernels.cached_attention(q_THd, k_SKd, v_SKd, self.window)
+            o_THd = self._cached(q_THd, k_TKd, v_TKd, positions)
         o_TD: Tensor = self.o_proj(o_THd.flatten(1))
         return o_TD
+
+    def _cached(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, positions: Positions) -> Tensor:
+        found: list[Tensor] = []
+        cuts = [torch.split(x, list(positions.lengths)) for x in (q_THd, k_TKd, v_TKd)]
+        for cache, q_tHd, k_tKd, v_tKd in zip(positions.caches, *cuts, strict=True):
+            k_SKd, v_SKd = cache.extend(self.layer, k_tKd, v_tKd)
+            found.append(self.kernels.cached_attention(q_tHd, k_SKd, v_SKd, self.window))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class _MLP(nn.Module):
@@ -191,17 +199,19 @@ class Decoder(nn.Module):
         self,
         ids_T: Tensor,
         lengths: tuple[int, ...] | None = None,
-        cache: Cache | None = None,
+        cache: Cache | tuple[Cache, ...] | None = None,
         rows_n: Tensor | None = None,
     ) -> Tensor:
         """h_TD after the final norm; with `rows_n` (int64), of these tokens only, which spares the last layer the rest.
 
-        `lengths` are the documents' token counts (None: one document). With a `cache`, ids_T continues the one document
-        that it holds, and the cache then holds these tokens too. Raises ValueError where lengths and ids disagree.
+        `lengths` are the documents' token counts (None: one document). With a `cache` of each, ids_T continues the
+        documents that they hold, and the caches then hold these tokens too. Raises ValueError where lengths, caches and
+        ids disagree, or a cache has no room.
         """
-        positions = self._positions(ids_T, lengths, cache)
+        caches = () if cache is None else cache if isinstance(cache, tuple) else (cache,)
+        positions = self._positions(ids_T, lengths, caches)
         h_TD = functional.embedding(ids_T, self.model.embed_tokens.weight)
-        trains = cache is None and torch.is_grad_enabled()
+        trains = not caches and torch.is_grad_enabled()
         last = self.config.layers - 1
         for number, layer in enumerate(self.layers):
             rows = rows_n if number == last else None
@@ -212,8 +222,8 @@ class Decoder(nn.Module):
                 h_TD = checkpoint(layer, h_TD, positions, rows, use_reentrant=False)
             else:
                 h_TD = layer(h_TD, positions, rows)
-        if cache is not None:
-            cache.length += ids_T.shape[0]
+        for one, tokens in zip(caches, positions.lengths, strict=False):  # without caches there are none
+            one.length += tokens
         out_nD: Tensor = self.model.norm(h_TD)
         return out_nD
 
@@ -225,19 +235,23 @@ class Decoder(nn.Module):
         """l_TV, the logits of the token after each."""
         return self.logits(self.hidden(ids_T, lengths))
 
-    def _positions(self, ids_T: Tensor, lengths: tuple[int, ...] | None, cache: Cache | None) -> Positions:
+    def _positions(self, ids_T: Tensor, lengths: tuple[int, ...] | None, caches: tuple[Cache, ...]) -> Positions:
         total = ids_T.shape[0]
-        if cache is not None:
-            if lengths is not None:
-                raise ValueError("a cache holds one document: give no lengths with it")
-            start, end = cache.length, cache.length + total
-            cos_Pd, sin_Pd = self._rope.get(end, ids_T.device, self.dtype)
-            return Positions(cos_Pd[start:end], sin_Pd[start:end], (total,), cache)
         lengths = (total,) if lengths is None else lengths
         if ids_T.ndim != 1 or sum(lengths) != total or min(lengths, default=0) < 1:
             raise ValueError(f"documents of {lengths} tokens do not make up ids of the shape {tuple(ids_T.shape)}")
-        cos_Pd, sin_Pd = self._rope.get(max(lengths), ids_T.device, self.dtype)
+        if caches and len(caches) != len(lengths):
+            raise ValueError(f"{len(caches)} caches for {len(lengths)} documents")
+        for cache, length in zip(caches, lengths, strict=False):
+            cache.reserve(length)
+        starts = tuple(cache.length for cache in caches) or (0,) * len(lengths)
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        cos_Pd, sin_Pd = self._rope.get(max(ends), ids_T.device, self.dtype)
         if len(lengths) == 1:
-            return Positions(cos_Pd[:total], sin_Pd[:total], lengths, None)
-        position_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_T.device)
-        return Positions(cos_Pd[position_T], sin_Pd[position_T], lengths, None)
+            return Positions(cos_Pd[starts[0] : ends[0]], sin_Pd[starts[0] : ends[0]], lengths, caches)
+        position_T = torch.cat([torch.arange(*ends_of) for ends_of in zip(starts, ends, strict=True)]).to(ids_T.device)
+        return Positions(cos_Pd[position_T], sin_Pd[position_T], lengths, caches)
+
+    def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (P, d) of at least that many positions, in the compute dtype."""
+        return self._rope.get(positions, self.device, self.dtype)
