@@ -160,7 +160,7 @@ def remove_litter(run: Path) -> None:
 
     To be called with the run's lock held: nobody else writes there. Checkpoints are looked after by their keeper.
     """
-    for folder in (run, run / "data", run / "exports"):
+    for folder in (run, run / "data", run / "exports", run / "exports" / "gguf"):
         if folder.is_dir() and not folder.is_symlink():
             for left in list(folder.iterdir()):
                 if _LITTER.fullmatch(left.name):
@@ -262,5 +262,5 @@ class RunDirectory:
         return self.path / "eval.json"
 
     def export(self, kind: str) -> Path:
-        """The folder of one export: `hf`, `gguf` or `ollama`."""
+        """The folder of one export, such as `hf`, `gguf`, `ollama` or `mlx`."""
         return self.path / "exports" / kind

@@ -122,10 +122,19 @@ def test_merge_and_export_again(run: Path, luthier: Command) -> None:
     weights = (run / "exports/hf/model.safetensors").read_bytes()
     assert document(luthier("merge", run, "--json"))["merged"] == 5 * 7
     assert (run / "exports/hf/model.safetensors").read_bytes() == weights
-    made = document(luthier("export", run, "--to", "gguf", "--quantize", "q8_0", "--json"))
-    assert made["quantize"] == "q8_0"
+    made = document(luthier("export", run, "--to", "gguf", "--quantize", "Q8_0", "--split", "--json"))
+    assert (made["quantize"], made["parts"]) == ("q8_0", [])
+    assert any("was not split" in str(note) for note in made["notes"])
     assert Path(str(made["path"])).stat().st_size == made["bytes"]
-    ended = luthier("export", run, "--to", "mlx")
+    for words, code, said in (
+        (("gguf", "--quantize", "q4_k"), 2, "did you mean q4_k_m?"),
+        (("hf", "--quantize", "q8_0"), 2, "--quantize is not for hf"),
+        (("ollama", "--split"), 2, "Ollama reads one file"),
+        (("hf", "--split"), 2, "--split is for gguf"),
+    ):
+        ended = luthier("export", run, "--to", *words)
+        assert (ended.code, said in ended.message) == (code, True), ended.message
+    ended = luthier("export", run, "--to", "onnx")
     assert (ended.code, "hf, gguf, ollama" in ended.message) == (2, True)
 
 

@@ -1,90 +1,179 @@
 """Go's text/template, as much of it as our Modelfiles use, written from its documentation, to read what we write.
 
-Actions: a string literal, `.Content`, `range .Messages`, `if`/`else if`/`else` over `eq`, `$last := ""`,
-`$last = .Role`, `end`. Anything else is an error.
+Actions: `range .Messages`, `if`/`else if`/`else`, `define`, `template NAME ARG`, `$x := `, `$x = `, `end`, and values:
+literals, `.`, `.Role`, `.Content`, variables, and the functions eq, ge, lt, not, len, slice, printf "%.1s". Texts are
+bytes, as in Go. Anything else is an error. `real_go.py` has the real one.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from luthier.data.conversation import Turn
 
 ACTION = re.compile(r'\{\{ ((?:[^"}]|"(?:[^"\\]|\\.)*"|\}(?!\}))*?) \}\}')
+WORD = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[()]|[^\s()]+)')
+
+Value = bytes | int | bool | Turn
 
 
-def tokens_of(source: str) -> list[tuple[str, str]]:
-    """(kind, text) of literal text and actions, in order."""
-    found: list[tuple[str, str]] = []
-    at = 0
-    for match in ACTION.finditer(source):
-        if match.start() > at:
-            found.append(("text", source[at : match.start()]))
-        found.append(("action", match[1]))
+@dataclass
+class Block:
+    """What an action begins: its words, its branches as (condition, body), and where a definition goes."""
+
+    kind: str
+    words: list[str]
+    branches: list[tuple[list[str], list[object]]] = field(default_factory=list)
+
+
+def parse(source: str) -> tuple[list[object], Mapping[str, list[object]]]:
+    """(the body, the definitions): a body is literal bytes, lists of words, and blocks."""
+    root: list[object] = []
+    definitions: dict[str, list[object]] = {}
+    bodies, blocks, at = [root], list[Block](), 0
+    for match in [*ACTION.finditer(source), None]:
+        text = source[at : match.start() if match else len(source)]
+        assert "{{" not in text
+        assert "}}" not in text
+        if text:
+            bodies[-1].append(text.encode())
+        if match is None:
+            break
         at = match.end()
-    rest = source[at:]
-    assert "{{" not in rest
-    assert "}}" not in rest
-    return [*found, ("text", rest)] if rest else found
+        words = WORD.findall(match[1])
+        if words[0] in ("range", "if", "define"):
+            blocks.append(Block(words[0], words[1:], [(words[1:], [])]))
+            bodies.append(blocks[-1].branches[0][1])
+        elif words[0] == "else":
+            assert blocks[-1].kind == "if"
+            blocks[-1].branches.append((words[2:], []))
+            bodies[-1] = blocks[-1].branches[-1][1]
+        elif words[0] == "end":
+            block = blocks.pop()
+            bodies.pop()
+            if block.kind == "define":
+                definitions[json.loads(block.words[0])] = block.branches[0][1]
+            else:
+                bodies[-1].append(block)
+        else:
+            bodies[-1].append(words)
+    assert not blocks
+    return root, definitions
 
 
 class Machine:
     def __init__(self, source: str, turns: Sequence[Turn]) -> None:
-        self.tokens = tokens_of(source)
+        self.body, self.definitions = parse(source)
         self.turns = turns
-        self.last = ""
-        self.out = ""
+        self.out = bytearray()
 
     def run(self) -> str:
-        assert self.block(0, True, None) == len(self.tokens)
-        return self.out
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(20_000)
+        try:
+            self.write(self.body, None, {})
+        finally:
+            sys.setrecursionlimit(before)
+        return self.out.decode()
 
-    def value(self, word: str, turn: Turn | None) -> str:
-        if word.startswith('"'):
-            return str(json.loads(word))
-        if word == "$last":
-            return self.last
-        assert turn is not None, word
-        return {".Role": turn.role, ".Content": turn.content}[word]
-
-    def test(self, condition: str, turn: Turn | None) -> bool:
-        match = re.fullmatch(r'eq (\S+) ("[^"]*")', condition)
-        assert match, condition
-        return self.value(match[1], turn) == self.value(match[2], turn)
-
-    def block(self, at: int, live: bool, turn: Turn | None) -> int:
-        """Run from `at` to the `else` or `end` that closes the block; the index of that."""
-        while at < len(self.tokens):
-            kind, text = self.tokens[at]
-            if kind == "text":
-                self.out += text if live else ""
-            elif text == "end" or text.startswith("else"):
-                return at
-            elif text == "range .Messages":
-                start = at + 1
-                for each in self.turns if live else ():
-                    self.block(start, True, each)
-                at = self.block(start, False, None)
-            elif text.startswith("if "):
-                at = self.branches(at, live, turn)
-            elif text.startswith(("$last := ", "$last = ")):
-                self.last = self.value(text.split("= ", 1)[1], turn) if live else self.last
+    def write(self, body: list[object], dot: Value | None, known: dict[str, Value]) -> None:
+        """`known` is shared with blocks inside: no name of ours is declared twice."""
+        for one in body:
+            if isinstance(one, bytes):
+                self.out += one
+            elif isinstance(one, Block):
+                self.block(one, dot, known)
             else:
-                self.out += self.value(text, turn) if live else ""
-            at += 1
-        return at
+                assert isinstance(one, list)
+                self.action(one, dot, known)
 
-    def branches(self, at: int, live: bool, turn: Turn | None) -> int:
-        taken = False
-        while True:
-            condition = self.tokens[at][1].removeprefix("else").strip().removeprefix("if ")
-            chosen = live and not taken and (not condition or self.test(condition, turn))
-            taken = taken or chosen
-            at = self.block(at + 1, chosen, turn)
-            if self.tokens[at][1] == "end":
-                return at
+    def block(self, block: Block, dot: Value | None, known: dict[str, Value]) -> None:
+        if block.kind == "range":
+            assert block.words == [".Messages"]
+            for turn in self.turns:
+                self.write(block.branches[0][1], turn, known)
+            return
+        for condition, body in block.branches:
+            if not condition or self.value(condition, dot, known):
+                self.write(body, dot, known)
+                return
+
+    def action(self, words: list[str], dot: Value | None, known: dict[str, Value]) -> None:
+        if words[0] == "template":
+            self.write(self.definitions[json.loads(words[1])], self.value(words[2:], dot, known), {})
+        elif len(words) > 2 and words[1] in (":=", "="):
+            assert words[1] == ":=" or words[0] in known
+            known[words[0]] = self.value(words[2:], dot, known)
+        else:
+            written = self.value(words, dot, known)
+            assert isinstance(written, bytes)
+            self.out += written
+
+    def value(self, words: list[str], dot: Value | None, known: dict[str, Value]) -> Value:
+        """A value, or a call of a function with arguments, some of them in parentheses."""
+        found: list[Value | str] = []
+        rest = iter(words)
+        for word in rest:
+            if word != "(":
+                found.append(self.operand(word, dot, known))
+                continue
+            inner, depth = list[str](), 1
+            for word in rest:
+                depth += {"(": 1, ")": -1}.get(word, 0)
+                if depth == 0:
+                    break
+                inner.append(word)
+            found.append(self.value(inner, dot, known))
+        if isinstance(found[0], str):
+            return call(found[0], found[1:])
+        assert len(found) == 1, words
+        return found[0]
+
+    def operand(self, word: str, dot: Value | None, known: dict[str, Value]) -> Value | str:
+        if word.startswith('"'):
+            return str(json.loads(word)).encode()
+        if word.startswith("$"):
+            return known[word]
+        if word.isdigit():
+            return int(word)
+        if word in ("true", "false"):
+            return word == "true"
+        if word in ("eq", "ge", "lt", "not", "len", "slice", "printf"):
+            return word
+        assert dot is not None, word
+        if word == ".":
+            return dot
+        assert isinstance(dot, Turn), word
+        return {".Role": dot.role, ".Content": dot.content}[word].encode()
+
+
+def call(name: str, given: Sequence[Value | str]) -> Value:
+    if name == "eq":
+        return given[0] in given[1:]
+    if name == "not":
+        return not given[0]
+    first, *others = given
+    if name == "len":
+        assert isinstance(first, bytes)
+        return len(first)
+    if name == "slice":
+        assert isinstance(first, bytes)
+        start, stop = (*others, len(first))[:2]
+        assert isinstance(start, int)
+        assert isinstance(stop, int)
+        assert 0 <= start <= stop <= len(first), "Go stops here with an error"
+        return first[start:stop]
+    if name == "printf":
+        assert first == b"%.1s"
+        assert isinstance(others[0], bytes)
+        return others[0].decode()[:1].encode()
+    assert isinstance(first, int)
+    assert isinstance(others[0], int)
+    return first >= others[0] if name == "ge" else first < others[0]
 
 
 def render(source: str, turns: Sequence[Turn]) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import gguf
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,9 +17,21 @@ from luthier.data.conversation import Turn
 from luthier.data.render import Template, make_template
 from luthier.data.tokenizer import ChatTokenizer, load_tokenizer
 from luthier.errors import ExportError
-from luthier.export.gguf import GGUFFile
+from luthier.export.gguf import About, GGUFFile
 from luthier.export.go_template import derive_pieces, go_source
-from luthier.export.ollama import OllamaExport, OllamaSettings, export_ollama, model_name, modelfile
+from luthier.export.merge import write_tokenizer
+from luthier.export.ollama import (
+    OllamaExport,
+    OllamaSettings,
+    export_ollama,
+    export_ollama_adapter,
+    install,
+    model_name,
+    modelfile,
+)
+from luthier.model.adapter import save_adapter
+from luthier.model.load import load_decoder
+from luthier.model.lora import LoRASpec, add_lora
 from tests import tiny
 from tests.export import go
 
@@ -81,8 +95,7 @@ def template_for(name: str, tokenizer: ChatTokenizer) -> Template:
     return make_template(name, tokenizer)
 
 
-# Contents without white space at their ends, which templates may trim, and without Alpaca's marker.
-CONTENT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40).map(str.strip).filter(bool)
+CONTENT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip)
 CHATS = st.lists(CONTENT, min_size=1, max_size=7).filter(lambda texts: len(texts) % 2 == 1)
 
 
@@ -134,10 +147,12 @@ def test_the_modelfile(tokenizer: ChatTokenizer) -> None:
     assert field(text, "PARAMETER top_p") == ["0.8"]
     assert field(text, "PARAMETER num_ctx") == ["512"]
     assert field(text, "SYSTEM") == [system]
-    turns = [Turn("user", "Hello?"), Turn("assistant", "Yes."), Turn("user", "Why?")]
+    assert field(text, "PARAMETER repeat_penalty") == ["1"]  # Ollama's own default is 1.1
+    assert field(text, "PARAMETER top_k") == ["0"]
+    turns = [Turn("user", "  Hello?\n"), Turn("assistant", "Yes."), Turn("user", "Why?")]
     wanted = template.render(turns, generation_prompt=True).removeprefix(BOS)
     assert go.render(field(text, "TEMPLATE")[0], turns) == wanted
-    assert any("trims" in note for note in notes)
+    assert notes == ()
 
 
 def test_what_a_modelfile_cannot_say(tokenizer: ChatTokenizer) -> None:
@@ -180,6 +195,77 @@ def test_the_command_is_one_for_a_shell() -> None:
     folder = Path("/tmp/My Runs/Parrot's 1st/exports/ollama")
     words = shlex.split(OllamaExport(folder, GGUFFile(folder, 0, "f16", 0, (), ()), ()).command)
     assert words == ["ollama", "create", "parrot-s-1st", "-f", str(folder / "Modelfile")]
+
+
+def test_licences_go_along(tokenizer: ChatTokenizer, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(tiny_llama, folder)
+    named = export_ollama(folder, tmp_path / "named", about=About("run", "base", "apache-2.0"))
+    assert field((named.folder / "Modelfile").read_text(), "LICENSE") == ["apache-2.0"]
+    (folder / "LICENSE").write_text('You may "use" it.\nOnce.\n')
+    (folder / "USE_POLICY.md").write_text("Be good.")
+    both = export_ollama(folder, tmp_path / "both", about=About("run", "base", "apache-2.0"))
+    assert field((both.folder / "Modelfile").read_text(), "LICENSE") == ['You may "use" it.\nOnce.\n', "Be good."]
+    (folder / "LICENSE").write_text('a """ b')
+    fewer = export_ollama(folder, tmp_path / "fewer")
+    assert field((fewer.folder / "Modelfile").read_text(), "LICENSE") == ["Be good."]
+    assert any("LICENSE holds three double quotes" in note for note in fewer.notes)
+
+
+def test_base_and_adapter_apart(tiny_llama: Path, tmp_path: Path) -> None:
+    """The adapter's folder says how it is asked: here by Alpaca's form, which is not the base's."""
+    decoder = load_decoder(tiny_llama, dtype=torch.float32)
+    add_lora(decoder, LoRASpec(2, 4.0, targets=("q_proj",)), seed=0)
+    save_adapter(decoder, tmp_path / "adapter", base="somewhere")
+    template = make_template("alpaca", load_tokenizer(tiny_llama))
+    write_tokenizer(tiny_llama, tmp_path / "adapter", template)
+    made = export_ollama_adapter(tiny_llama, tmp_path / "adapter", tmp_path / "run" / "exports" / "ollama-adapter")
+    assert sorted(path.name for path in made.folder.iterdir()) == ["Modelfile", "adapter.gguf", "base.gguf"]
+    text = (made.folder / "Modelfile").read_text()
+    assert field(text, "FROM") == ["./base.gguf"]
+    assert field(text, "ADAPTER") == ["./adapter.gguf"]
+    turns = [Turn("user", "Add.\n\n### Input:\n1 2")]
+    wanted = template.render(turns, generation_prompt=True).removeprefix(BOS)
+    assert go.render(field(text, "TEMPLATE")[0], turns) == wanted
+    fields = gguf.GGUFReader(made.folder / "adapter.gguf").fields
+    assert fields["adapter.lora.alpha"].contents() == 4.0
+    assert fields["general.type"].contents() == "adapter"
+    assert made.name == "run"
+
+
+def stand_in(folder: Path, script: str) -> str:
+    """A program called ollama, which cannot be installed here; the folder for PATH."""
+    folder.mkdir()
+    (folder / "ollama").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "ollama").chmod(0o755)
+    return str(folder)
+
+
+def test_installing(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = export_ollama(tiny_llama, tmp_path / "My run" / "exports" / "ollama")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(ExportError, match="ollama is not on this machine") as caught:
+        install(made)
+    assert made.command in str(caught.value.remedy)
+    assert made.gguf.path.is_file()
+    said = tmp_path / "said"
+    monkeypatch.setenv("PATH", stand_in(tmp_path / "good", f"printf '%s\\n' \"$@\" > '{said}'"))
+    install(made)
+    assert said.read_text().splitlines() == ["create", "my-run", "-f", str(made.folder / "Modelfile")]
+    monkeypatch.setenv("PATH", stand_in(tmp_path / "bad", "echo 'could not connect to ollama' >&2; exit 1"))
+    with pytest.raises(ExportError, match=r"exit code 1:\n  could not connect to ollama") as caught:
+        install(made)
+    assert "ollama serve" in str(caught.value.remedy)
+
+
+def test_a_context_beyond_the_models(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(ExportError, match=r"1,024 tokens is more than the model has: 512") as caught:
+        modelfile(template_for("llama3", tokenizer), 512, OllamaSettings(context=1024))
+    assert "ollama.context" in str(caught.value.remedy)
+    text, _ = modelfile(template_for("llama3", tokenizer), 512, OllamaSettings(context=256, min_p=0.05, top_k=40))
+    assert field(text, "PARAMETER num_ctx") == ["256"]
+    assert field(text, "PARAMETER min_p") == ["0.05"]
+    assert field(text, "PARAMETER top_k") == ["40"]
 
 
 def test_a_refusal_leaves_nothing(tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 VOCAB = 407  # more rows than tokens: the rest must be filled up
 
 
-def make(folder: Path, case: str) -> Path:
-    family, settings = CASES[case]
+def make(folder: Path, case: tuple[str, dict[str, object]]) -> Path:
+    family, settings = case
     sizes = {"hidden_size": 96, "intermediate_size": 160, "initializer_range": 0.15, "vocab_size": VOCAB}
     tiny.make_model(folder, family, **{**sizes, **settings})
     # A louder embedding: what comes out then depends on each layer without being noise in a random deep net.
@@ -138,7 +138,7 @@ def make(folder: Path, case: str) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_random_models_agree(case: str, tmp_path: Path) -> None:
-    folder = make(tmp_path / "hf", case)
+    folder = make(tmp_path / "hf", CASES[case])
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(6, 400, (97 + k,), generator=generator).tolist() for k in range(6)]
@@ -374,7 +374,7 @@ def test_sprig_agrees_on_held_out_rows(sprig: tuple[str, Path]) -> None:
             with torch.inference_mode():
                 want = decoder(torch.tensor(ids)).argmax(-1).numpy()
             agree.append(logits_of(model, ids, decoder.config.vocab_size).argmax(-1) == want)
-    assert np.concatenate(agree).mean() >= (0.99 if quantize == "f16" else 0.95)
+    assert np.concatenate(agree).mean() >= (0.995 if quantize == "f16" else 0.98)
 
 
 def test_sprig_chats_the_same_and_begins_once(sprig: tuple[str, Path]) -> None:

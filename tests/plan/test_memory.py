@@ -54,7 +54,7 @@ def kept(decoder: Decoder, batch: Batch, *, recompute: bool = False) -> int:
     """Bytes that a forward pass through the layers keeps for the backward pass, each storage once; no parameter, and
     none of the tables that all layers share."""
     shared = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
-    positions = decoder._positions(batch.ids_T, batch.lengths, None)
+    positions = decoder._positions(batch.ids_T, batch.lengths, ())
     shared |= {table.untyped_storage().data_ptr() for table in (positions.cos, positions.sin)}
     found: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -188,7 +188,7 @@ def test_the_fullest_moments_of_a_layer_by_hand(
     h_TD = torch.randn(512, 192).to(decoder.dtype).requires_grad_()
     asked = {"precision": precision, "rank": 8, "dropout": dropout, "kernels": name}
     planned = work(SHAPE, tokens=512, longest=max(lengths), documents=len(lengths), **asked)
-    out_TD = layer_by_hand(decoder.layers[1], h_TD, decoder._positions(ids_T, lengths, None), None, recompute=False)
+    out_TD = layer_by_hand(decoder.layers[1], h_TD, decoder._positions(ids_T, lengths, ()), None, recompute=False)
     grad_TD = torch.ones_like(out_TD)
     of_adapter = sum(4 * leaf.numel() for leaf in lora_parameters(decoder).values()) // SHAPE.layers
     measured = peak_of(lambda: torch.autograd.grad(out_TD, [h_TD], grad_TD)) + grad_TD.nbytes - of_adapter

@@ -125,7 +125,7 @@ def test_alias_bomb_and_large_file_are_refused_at_once(refused: Refused) -> None
             "`adapter.dropout` must be a number from 0 and below 1; it is the number 1.0",
             None,
         ),
-        ("export: ggguf", "`export` must be a list of hf, gguf or ollama; it is the text 'ggguf'", None),
+        ("export: ggguf", "`export` must be a list of hf, gguf, ollama or mlx; it is the text 'ggguf'", None),
         ("hardware: 4", "`hardware` must be a text; it is the number 4", None),
         (
             "train: {checkpointing: some}",
@@ -212,7 +212,7 @@ VAST = {
     "exports, as many as may be": (f"export: [{'hf,' * 4_980} hf]", "`hf` stands twice in `export`"),
     "tasks": (f"evaluate: {{tasks: [{','.join(f't{n}' for n in range(4_980))}]}}", "there is no task `t0`"),
     "tasks of another kind": (f"split: {{}}\nevaluate: {{tasks: [{'5, ' * 4_970} 5]}}", "`evaluate.tasks.0` must be"),
-    "empty lists": (f"export: [{'[],' * 4_980} []]", "`export.0` must be hf, gguf or ollama"),
+    "empty lists": (f"export: [{'[],' * 4_980} []]", "`export.0` must be hf, gguf, ollama or mlx"),
     "a list in block style": ("export:\n" + "- hf\n" * 35_000, "more than 5,000 values and names"),
     "keys of a template": (f'template: "{"{a}" * 60_000}"', "`template` names {a} more than once"),
     "braces of a template": (f'template: "{"{}" * 90_000}"', "`template`: braces must hold a key's name"),

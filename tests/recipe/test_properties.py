@@ -88,7 +88,7 @@ recipes = st.builds(
     evaluate=st.builds(
         EvaluateRecipe, tasks=st.sampled_from([(), ("pirate",)]), samples=st.integers(0, 9), limit=counts | st.none()
     ),
-    export=st.lists(st.sampled_from(["hf", "gguf", "ollama"]), unique=True).map(tuple),
+    export=st.lists(st.sampled_from(["hf", "gguf", "ollama", "mlx"]), unique=True).map(tuple),
 )
 
 
@@ -141,7 +141,7 @@ def test_every_init_output_loads(preset: str | None, data: str | None, model: st
             assert f"\n  {inner}:" in text
 
 
-SECTIONS = ("", "adapter", "train", "split", "evaluate")
+SECTIONS = ("", "adapter", "train", "split", "evaluate", "ollama")
 
 
 @quick

@@ -48,6 +48,14 @@ Seed = Annotated[int, typer.Option("--seed", help="The same seed and settings gi
 System = Annotated[str | None, typer.Option("--system", help="A system message before the conversation.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="Ask the base model instead, without the adapter.")]
 
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Hold what was written against the run.")]
+VerifyAgain = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify", help="--verify: only verify what was exported before. --no-verify: only export."
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add every command to `app`, in the order in which people meet them."""
@@ -264,41 +272,68 @@ def verify(
     verifying.run(run, steps, as_json)
 
 
-def merge(run: RunFolder, as_json: Json = False) -> None:
-    """Merge the adapter into the unquantised base, in 16-bit, as a folder that transformers loads."""
-    from luthier.cli import exporting, stages
-    from luthier.cli.pins import base_name, pins_of
-    from luthier.cli.working import working
-    from luthier.model.locate import locate_model
+def merge(
+    run: RunFolder,
+    onto_quantised: Annotated[
+        bool,
+        typer.Option(
+            "--onto-quantised",
+            help="After QLoRA: merge into the 4-bit base's rounded weights, which the adapter was trained against.",
+        ),
+    ] = False,
+    reversible: Annotated[
+        bool, typer.Option("--reversible", help="Keep what --undo needs to give the base's bytes back.")
+    ] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Write the base back from the merged model, byte for byte.")] = (
+        False
+    ),
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
+    """Merge the adapter into the unquantised base, in 16-bit, as a folder that transformers loads; and verify it."""
+    from luthier.cli import merging
 
-    directory, recipe = stages.reopen(run)
-    with working(directory.path, "luthier merge", resumes=False):
-        made = exporting.export(
-            directory, recipe, locate_model(base_name(recipe, pins_of(directory, resume=False))), "hf"
-        )
-    _exported(made, as_json)
+    _exported(merging.run(run, onto_quantised, reversible, undo, verify), as_json)
 
 
 def export(
     run: RunFolder,
-    to: Annotated[str, typer.Option("--to", metavar="KIND", help="hf, gguf or ollama.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="KIND", help="hf, gguf, ollama, mlx; ollama-adapter, mlx-adapter: without merging."
+        ),
+    ] = None,
     quantize: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="f16 or q8_0; left out: f16 for gguf, q8_0 for ollama.")
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="gguf (f16 if left out) and ollama (q8_0): f32, f16, bf16, q8_0, q5_0, q4_0, q6_k, q5_k_m or q4_k_m; "
+            "mlx (16-bit): 8 or 4.",
+        ),
+    ] = None,
+    split: Annotated[bool, typer.Option("--split", help="A gguf of more than 2 GB in parts of at most that.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Have it in Ollama right away (ollama create).")] = False,
+    verify: VerifyAgain = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="With --to hf: upload it to the hub, once it is verified.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="ollama.KEY=VALUE", help="What the Modelfile sets; repeatable.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the tuned model for another program: transformers, llama.cpp or Ollama."""
-    from luthier.cli import exporting, stages
-    from luthier.cli.pins import base_name, pins_of
-    from luthier.cli.working import working
-    from luthier.model.locate import locate_model
+    """Write the tuned model for transformers, llama.cpp, Ollama or mlx-lm, and verify it in that program."""
+    from luthier.cli import merging
+    from luthier.cli.exporting import Wanted
 
-    directory, recipe = stages.reopen(run)
-    with working(directory.path, "luthier export", resumes=False):
-        made = exporting.export(
-            directory, recipe, locate_model(base_name(recipe, pins_of(directory, resume=False))), to, quantize
-        )
-    _exported(made, as_json)
+    if to is None or (verify and push is None):
+        found = merging.verify_again(run, to, quantize, asked=bool(verify))
+        if as_json:
+            console.print_json(found)
+        return
+    wanted = Wanted(to, quantize, split, install)
+    _exported(merging.export_one(run, wanted, sets or (), verify=verify is None, push_to=push), as_json)
 
 
 def generate(

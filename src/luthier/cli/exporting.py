@@ -1,80 +1,200 @@
-"""The export stage: the merged model in exports/hf, and from it what other programs read."""
+"""The export stage: the merged model in exports/hf, and from it, or from base and adapter, what other programs read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
-from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 
 from luthier.cli import console
 from luthier.cli.working import stage
 from luthier.errors import UsageError
-from luthier.guard.documents import INDEX_BYTES, read_object
+from luthier.export.gguf_types import QUANTIZE, SPLIT_BYTES, Quantize, quantize_named
 from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
     from luthier.export.gguf import About, GGUFFile
-    from luthier.export.huggingface import CardFigure, ModelCard
+    from luthier.export.merge import How
     from luthier.recipe.schema import Recipe
 
-__all__ = ["export"]
-
-Quantize = Literal["f16", "q8_0"]
-KINDS: dict[str, Quantize | None] = {"hf": None, "gguf": "f16", "ollama": "q8_0"}
-"""Kind -> the type of its weights where the user does not say."""
+__all__ = ["KINDS", "Wanted", "export"]
 
 
-def export(run: RunDirectory, recipe: Recipe, base: Path, kind: str, quantize: str | None = None) -> dict[str, object]:
-    """Write one export of the run and say what was written. gguf and ollama merge first where that was not done."""
-    if kind not in KINDS:
-        raise UsageError(f"there is no export {kind!r}", f"known: {', '.join(KINDS)}")
-    if quantize is not None and quantize not in ("f16", "q8_0"):
-        raise UsageError(f"there is no --quantize {quantize}", "f16 or q8_0")
-    if quantize is not None and kind == "hf":
-        raise UsageError("--quantize is for gguf and ollama; hf is written in 16-bit", "leave it out")
-    chosen = cast("Quantize | None", quantize) or KINDS[kind]
-    if kind == "hf" or chosen is None:
-        return _merge(run, recipe, base)
-    if not (run.export("hf") / "config.json").is_file():
+@dataclass(frozen=True)
+class _Kind:
+    """An export: the types of weights that it can have, the one that it has where the user does not say ("": those of
+    the merged model), and whether it is made of the merged model."""
+
+    types: tuple[str, ...]
+    default: str
+    merged: bool = True
+
+
+KINDS: dict[str, _Kind] = {
+    "hf": _Kind((), ""),
+    "gguf": _Kind(QUANTIZE, "f16"),
+    "ollama": _Kind(QUANTIZE, "q8_0"),
+    "ollama-adapter": _Kind(QUANTIZE, "q8_0", merged=False),
+    "mlx": _Kind(("4", "8"), ""),
+    "mlx-adapter": _Kind(("4", "8"), "", merged=False),
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for. Raises UsageError for a kind or a type that there is not, and for options of other kinds.
+
+    Attributes:
+        quantize: the type of the weights; None: the kind's own.
+        split: a gguf of more than 2 GB in parts.
+        install: have Ollama take what was written for it.
+        how: of the merge, for hf alone.
+    """
+
+    kind: str
+    quantize: str | None = None
+    split: bool = False
+    install: bool = False
+    how: How | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"there is no export {self.kind!r}", f"known: {', '.join(KINDS)}")
+        if self.split and self.kind != "gguf":
+            why = "; Ollama reads one file" if self.kind.startswith("ollama") else ""
+            raise UsageError(f"--split is for gguf{why}", "leave it out")
+        if self.install and not self.kind.startswith("ollama"):
+            raise UsageError("--install is for ollama and ollama-adapter", "leave it out")
+        _ = self.type
+
+    @property
+    def type(self) -> str:
+        """The type of the weights; "": as they are."""
+        types = KINDS[self.kind].types
+        if self.quantize is None:
+            return KINDS[self.kind].default
+        if not types:
+            raise UsageError(f"--quantize is not for {self.kind}, which is written in 16-bit", "leave it out")
+        if types == QUANTIZE:
+            return quantize_named(self.quantize)
+        if self.quantize not in types:
+            raise UsageError(f"there is no --quantize {self.quantize} for {self.kind}", " or ".join(types))
+        return self.quantize
+
+
+def export(run: RunDirectory, recipe: Recipe, base: Path, wanted: Wanted) -> dict[str, object]:
+    """Write one export of the run and say what was written.
+
+    Those that are made of the merged model merge first where that was not done, or was done with an adapter that has
+    changed since.
+    """
+    from luthier.export.origin import is_merged_from
+
+    kind, chosen = wanted.kind, wanted.type
+    if kind == "hf":
+        return _merge(run, recipe, base, wanted.how)
+    if KINDS[kind].types == QUANTIZE:
+        _check_quantiser(cast("Quantize", chosen))
+    if KINDS[kind].merged and not is_merged_from(run.export("hf"), run.adapter):
         _merge(run, recipe, base)
-    with console.waiting(f"writing {kind} ({chosen})"), stage(f"{kind} was written"):
-        return _gguf(run, recipe, base, chosen) if kind == "gguf" else _ollama(run, recipe, base, chosen)
+    with console.waiting(f"writing {kind} ({chosen or '16-bit'})"), stage(f"{kind} was written"):
+        if kind == "gguf":
+            return _gguf(run, recipe, base, wanted)
+        if kind.startswith("mlx"):
+            return _mlx(run, base, kind, chosen)
+        return _ollama(run, recipe, base, wanted)
 
 
-def _merge(run: RunDirectory, recipe: Recipe, base: Path) -> dict[str, object]:
+def _check_quantiser(quantize: Quantize) -> None:
+    """Say before the merge, which may take minutes, that llama.cpp's quantiser is missing."""
+    from luthier.export.gguf_quantize import check_quantiser
+
+    check_quantiser(quantize)
+
+
+def _merge(run: RunDirectory, recipe: Recipe, base: Path, how: How | None = None) -> dict[str, object]:
+    from luthier.cli.card import model_card
     from luthier.data.render import make_template
     from luthier.data.tokenizer import load_tokenizer
     from luthier.export.huggingface import export_huggingface
+    from luthier.export.merge import How
+
+    how = How() if how is None else how
+    into = "the base, in 16-bit" if how.onto_quantised is None else "the base as it was quantised, in 16-bit"
 
     out = run.export("hf")
     # What was trained lies beside the adapter: an export needs neither the rows nor this machine's plan.
     template = make_template("model", load_tokenizer(run.adapter))
-    with console.waiting("merging the adapter into the base, in 16-bit"), stage("the adapter was merged"):
-        merged = export_huggingface(base, run.adapter, out, template, _card(run, recipe, base))
+    with console.waiting(f"merging the adapter into {into}"), stage("the adapter was merged"):
+        merged = export_huggingface(base, run.adapter, out, template, model_card(run, recipe, base), how=how)
     _say_notes(merged.notes)
-    facts = {"dtype": merged.dtype, "tensors": merged.tensors, "merged": merged.merged, "notes": list(merged.notes)}
+    facts = {
+        "dtype": merged.dtype,
+        "onto": merged.onto,
+        "tensors": merged.tensors,
+        "merged": merged.merged,
+        "notes": list(merged.notes),
+    }
     return {"kind": "hf", "path": str(out), **facts}
 
 
-def _gguf(run: RunDirectory, recipe: Recipe, base: Path, quantize: Quantize) -> dict[str, object]:
+def _gguf(run: RunDirectory, recipe: Recipe, base: Path, wanted: Wanted) -> dict[str, object]:
     from luthier.export.gguf import write_gguf
 
+    quantize, split = cast("Quantize", wanted.type), SPLIT_BYTES if wanted.split else 0
     path = run.export("gguf") / f"model-{quantize}.gguf"
-    written = write_gguf(run.export("hf"), path, quantize, _about(run, recipe, base))
+    written = write_gguf(run.export("hf"), path, quantize, _about(run, recipe, base), split=split)
     _say_notes(written.notes)
-    return _file("gguf", path, written)
+    return {**_file("gguf", written.path, written), "parts": [str(part) for part in written.parts]}
 
 
-def _ollama(run: RunDirectory, recipe: Recipe, base: Path, quantize: Quantize) -> dict[str, object]:
-    from luthier.export.ollama import export_ollama
+def _ollama(run: RunDirectory, recipe: Recipe, base: Path, wanted: Wanted) -> dict[str, object]:
+    from luthier.export import ollama
 
-    made = export_ollama(run.export("hf"), run.export("ollama"), quantize=quantize, about=_about(run, recipe, base))
+    asked = recipe.ollama
+    settings = ollama.OllamaSettings(
+        asked.temperature,
+        asked.top_p,
+        asked.top_k,
+        asked.min_p,
+        asked.repeat_penalty,
+        asked.context if isinstance(asked.context, int) else None,
+        asked.system,
+    )
+    about, out, quantize = _about(run, recipe, base), run.export(wanted.kind), cast("Quantize", wanted.type)
+    if KINDS[wanted.kind].merged:
+        made = ollama.export_ollama(run.export("hf"), out, quantize=quantize, settings=settings, about=about)
+    else:
+        made = ollama.export_ollama_adapter(base, run.adapter, out, quantize=quantize, settings=settings, about=about)
     _say_notes(made.notes)
-    return {**_file("ollama", made.folder, made.gguf), "notes": list(made.notes), "command": made.command}
+    facts = {**_file(wanted.kind, made.folder, made.gguf), "notes": list(made.notes), "installed": wanted.install}
+    if wanted.install:
+        ollama.install(made)
+    return {**facts, "command": f"ollama run {made.name}" if wanted.install else made.command}
+
+
+def _mlx(run: RunDirectory, base: Path, kind: str, quantize: str) -> dict[str, object]:
+    from luthier.data.render import make_template
+    from luthier.data.tokenizer import load_tokenizer
+    from luthier.export.affine import Bits
+    from luthier.export.mlx import write_mlx
+    from luthier.export.mlx_adapter import write_mlx_adapter
+
+    bits = cast("Bits | None", int(quantize) if quantize else None)
+    template, out = make_template("model", load_tokenizer(run.adapter)), run.export(kind)
+    facts: dict[str, object] = {"kind": kind, "path": str(out), "quantize": quantize or None}
+    if kind == "mlx":
+        made = write_mlx(run.export("hf"), out, template, bits)
+        _say_notes(made.notes)
+        more = {"bytes": made.size, "tensors": made.tensors, "notes": list(made.notes), "command": made.command}
+        return facts | more
+    adapter = write_mlx_adapter(base, run.adapter, out, template, bits)
+    _say_notes(adapter.notes)
+    notes = list(adapter.notes)
+    return facts | {"base": str(adapter.base), "tensors": adapter.tensors, "notes": notes, "command": adapter.command}
 
 
 def _file(kind: str, path: Path, written: GGUFFile) -> dict[str, object]:
@@ -92,103 +212,3 @@ def _about(run: RunDirectory, recipe: Recipe, base: Path) -> About:
     from luthier.export.huggingface import base_license
 
     return About(run.path.resolve().name, recipe.model, base_license(base))
-
-
-def _card(run: RunDirectory, recipe: Recipe, base: Path) -> ModelCard:
-    from luthier.export.huggingface import ModelCard, base_license
-    from luthier.plan.explain import shown_value
-
-    # As it was when it was trained, not as this machine would plan it today.
-    data, plan = _read(run.data, _Data), _read(run.plan, _Plan)
-    # File names, not paths: a card travels, and where things lay on this machine is nobody's business.
-    names = dict.fromkeys(Path(source.path).name for source in data.sources)
-    return ModelCard(
-        name=run.path.resolve().name,
-        base=recipe.model,
-        data=f"{data.splits.train.rows:,} rows of {', '.join(names)}",
-        license=base_license(base),
-        facts=[(one.setting, shown_value(one.value)) for one in plan.decisions if one.setting in _ON_CARD],
-        figures=_figures(run),
-    )
-
-
-@dataclass(frozen=True)
-class _Split:
-    rows: int
-
-
-@dataclass(frozen=True)
-class _Splits:
-    train: _Split
-
-
-@dataclass(frozen=True)
-class _Source:
-    path: str
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What is read of data/data.json."""
-
-    sources: list[_Source]
-    splits: _Splits
-
-
-@dataclass(frozen=True)
-class _Decision:
-    setting: str
-    value: object
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is read of plan.json."""
-
-    decisions: list[_Decision]
-
-
-@dataclass(frozen=True)
-class _Losses:
-    loss: float
-    perplexity: float
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """What is read of eval.json."""
-
-    base: _Losses
-    tuned: _Losses
-
-
-_Read = TypeVar("_Read", _Data, _Plan, _Evaluation)
-
-
-def _read(path: Path, kind: type[_Read]) -> _Read:
-    """What is needed of a document of the run. Raises FileError or UsageError where it does not have it."""
-    try:
-        return TypeAdapter(kind).validate_python(read_object(path, INDEX_BYTES))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(
-            f"{path} is not what this version of luthier wrote: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            "put it back as it was: luthier eval writes eval.json again, training the others",
-        ) from error
-
-
-_ON_CARD = (
-    *("adapter.rank", "adapter.alpha", "adapter.targets", "quantize", "train.steps", "train.batch_size"),
-    *("train.learning_rate", "train.schedule", "train.precision", "seed"),
-)
-
-
-def _figures(run: RunDirectory) -> list[CardFigure]:
-    """Base against tuned, where it was measured before the merge."""
-    from luthier.export.huggingface import CardFigure
-
-    if not run.evaluation.is_file():
-        return []
-    found = _read(run.evaluation, _Evaluation)
-    base, tuned = found.base, found.tuned
-    return [CardFigure("loss", base.loss, tuned.loss), CardFigure("perplexity", base.perplexity, tuned.perplexity)]

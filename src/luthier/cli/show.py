@@ -152,6 +152,9 @@ FILES = (
     ("exports/hf", "the merged model, for transformers and vLLM"),
     ("exports/gguf", "for llama.cpp"),
     ("exports/ollama", "for Ollama, with its Modelfile"),
+    ("exports/ollama-adapter", "for Ollama, base and adapter apart"),
+    ("exports/mlx", "for mlx-lm"),
+    ("exports/mlx-adapter", "the adapter, for mlx-lm"),
 )
 
 

@@ -27,7 +27,7 @@ from luthier.recipe.load import dump_recipe
 from luthier.runs import SCHEMA_VERSION, RunDirectory, recover_folder, write_json, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from luthier.cli.preparing import Prepared
     from luthier.hardware.device import Device
@@ -49,8 +49,8 @@ _WORTH_MEASURING = 20.0
 """Seconds of a run after which three more, to measure the machine for the next plan, are no matter."""
 
 
-def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
-    """A run directory that was trained in, and its recipe."""
+def reopen(path: Path, sets: Sequence[str] = ()) -> tuple[RunDirectory, Recipe]:
+    """A run directory that was trained in, and its recipe, changed by `sets`."""
     from luthier.recipe.load import load_recipe
 
     run = RunDirectory(path)
@@ -60,7 +60,7 @@ def reopen(path: Path) -> tuple[RunDirectory, Recipe]:
         with hold(path, "luthier"):
             if not recover_folder(run.adapter):  # a kill between two renames left the one before beside it
                 raise unfinished(path)
-    return run, load_recipe(run.recipe)
+    return run, load_recipe(run.recipe, sets)
 
 
 def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[TrainResult, Decoder]:
@@ -69,7 +69,6 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
     The decoder that is given back holds the run's adapter. What plan.json says of the future, it is held against at the
     end; where the proof (train/proof.py) finds that less fits than planned, it is the plan that fits.
     """
-    from luthier.export.merge import write_tokenizer
     from luthier.model.fingerprint import fingerprint
     from luthier.plan.plan import as_document
     from luthier.plan.proof import Adopted, adopt, compared, expect, is_proved
@@ -103,8 +102,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
             listener=make_display(),
             resume=resume,
             hooks=Hooks(
-                # As PEFT's users do: the adapter's folder alone then says how to talk to it.
-                companions=lambda folder: write_tokenizer(prepared.base, folder, prepared.dataset.template),
+                companions=lambda folder: _beside_adapter(folder, prepared, weights),
                 forecast=lambda settings, load: expect(prepared.plan, settings, load),
                 adopt=adopts,
                 prove=is_proved(plan.device, plan.memory),
@@ -120,6 +118,15 @@ def train(prepared: Prepared, run: RunDirectory, *, resume: bool) -> tuple[Train
         if time.monotonic() - began > _WORTH_MEASURING:
             _measure_machine(plan.device)
     return result, decoder
+
+
+def _beside_adapter(folder: Path, prepared: Prepared, weights: str) -> None:
+    """As PEFT's users do: the adapter's folder alone then says how to talk to it; and which base it belongs to."""
+    from luthier.export.merge import write_tokenizer
+    from luthier.export.origin import note_base
+
+    write_tokenizer(prepared.base, folder, prepared.dataset.template)
+    note_base(folder, prepared.base_name, weights)
 
 
 @contextmanager
@@ -234,7 +241,7 @@ def evaluate(prepared: Prepared, run: RunDirectory, decoder: Decoder | None = No
 def run_all(prepared: Prepared, run: RunDirectory, *, resume: bool) -> dict[str, object]:
     """Every stage in order; gives what each came to."""
     from luthier.cli import show
-    from luthier.cli.exporting import export
+    from luthier.cli.proving import Prover, export_all
 
     show.data(prepared)
     show.plan(prepared)
@@ -243,7 +250,7 @@ def run_all(prepared: Prepared, run: RunDirectory, *, resume: bool) -> dict[str,
     if prepared.dataset.eval or prepared.dataset.test:
         evaluated = evaluate(prepared, run, decoder)
     del decoder  # exports read files: its memory is theirs
-    exported = [export(run, prepared.recipe, prepared.base, kind) for kind in prepared.recipe.export]
+    exported = export_all(Prover(run, prepared.recipe, prepared.base), prepared.recipe.export)
     return {
         "schema": SCHEMA_VERSION,
         "run": str(run.path),

@@ -1,14 +1,13 @@
 """A model folder in Hugging Face's layout -> one GGUF file, for llama.cpp, Ollama and all that build on them.
 
-    config.json -> <arch>.* keys     tokenizer -> tokenizer.ggml.* keys     *.safetensors -> tensors, one at a time
+    config.json -> <arch>.* keys     tokenizer -> tokenizer.ggml.* keys     *.safetensors -> tensors, some rows at once
 
-Matrices are F16 or Q8_0, norms and biases F32. Q8_0 (Dettmers et al. 2022's block absmax in ggml's form) takes rows in
-blocks of 32; a matrix whose rows are no multiple of that stays F16, and the result names it.
-
-llama.cpp's `llama` rotates pairs (2i, 2i+1) where transformers rotates (i, i + d/2), so the rows of q and k are put
-into its order:  new row 2i + s of a head = old row i + s d/2. Its `qwen2` and `qwen3` rotate as transformers does.
+gguf_tensors.py says what becomes of each tensor, gguf_vocab.py of the tokenizer. K-quants take two steps: a file that
+holds the weights as they are, then llama.cpp's quantiser (gguf_quantize.py).
 
 Llama 3's long-context scaling (Llama 3.1 model card) goes in as a tensor of factors by which each frequency is divided.
+
+All is written in a folder beside the place it is for, and moved there when it is whole (gguf_files.py).
 """
 
 from __future__ import annotations
@@ -16,44 +15,53 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from luthier.data.conversation import Turn
 from luthier.data.render import Template, make_template
 from luthier.data.tokenizer import load_tokenizer
 from luthier.errors import ExportError
+from luthier.export.gguf_files import GB, check_room, folder_beside, place, written
+from luthier.export.gguf_quantize import check_quantiser, quantise
+from luthier.export.gguf_tensors import (
+    ARCHITECTURES,
+    BLOCK,
+    SUPER_BLOCK,
+    Planned,
+    TensorBytes,
+    final_size,
+    plan_tensors,
+)
+from luthier.export.gguf_types import K_QUANTS, Quantize
 from luthier.export.gguf_vocab import Vocabulary, read_vocabulary
-from luthier.guard.header import check_safetensors
 from luthier.model.config import ModelConfig, read_config
 from luthier.model.locate import weight_files
+from luthier.runs import recover_folder
 
 __all__ = ["About", "GGUFFile", "Quantize", "begins_with_bos", "rope_factors", "write_gguf"]
 
-Quantize = Literal["f16", "q8_0"]
-Array = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint8]
-
-ARCHITECTURES: Mapping[str, gguf.MODEL_ARCH] = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
+FILE_TYPES: Mapping[Quantize, gguf.LlamaFileType] = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
+    "q5_k_m": gguf.LlamaFileType.MOSTLY_Q5_K_M,
+    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
 }
-"""Family -> llama.cpp's graph."""
 
-BLOCK = 32
-"""Q8_0: values that share one scale."""
-
-FP16_MAX = 65504.0
+_KEYS_BYTES = 2**20
+"""More than all keys but the vocabulary's take, the chat template among them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,10 @@ class About:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A file that was written. `kept_f16` are the tensors that Q8_0 could not take; `notes` what a user should know."""
+    """A file that was written. `kept_f16` are the tensors whose rows fit no block; `notes` what a user should know.
+
+    `parts` are all files, where there are several; `path` is then the first of them, and `size` that of all.
+    """
 
     path: Path
     size: int
@@ -75,30 +86,33 @@ class GGUFFile:
     tensors: int
     kept_f16: tuple[str, ...]
     notes: tuple[str, ...]
+    parts: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """One tensor to write: where it is, what it will be."""
-
-    file: Path
-    source: str
-    name: str
-    shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
-    heads: int | None  # q and k of the llama graph: how many heads the rows are reordered in
-
-
-def write_gguf(folder: Path, path: Path, quantize: Quantize = "f16", about: About | None = None) -> GGUFFile:
+def write_gguf(
+    folder: Path,
+    path: Path,
+    quantize: Quantize = "f16",
+    about: About | None = None,
+    *,
+    template: Template | None = None,
+    split: int = 0,
+) -> GGUFFile:
     """Write the model in `folder` (merged, with its tokenizer and chat template) to `path`, atomically.
 
-    One tensor is in memory at a time. Raises ExportError for what llama.cpp does not compute or tokenise the same way.
+    A few rows of a tensor are in memory at a time. `template`: another one than the folder's own, for a base that an
+    adapter goes with. `split`: the most bytes of a file, 0 for all in one.
+
+    Raises:
+        ExportError: for what llama.cpp does not compute or tokenise the same way, and a missing quantiser.
+        FitError: the disk has too little room; nothing was written.
     """
+    check_quantiser(quantize)
     config = read_config(folder)
     _check(config)
-    template = make_template("model", load_tokenizer(folder))
+    template = template or make_template("model", load_tokenizer(folder))
     vocabulary = read_vocabulary(folder, config.vocab_size)
-    planned = _plan(config, weight_files(folder), quantize)
+    planned = plan_tensors(config, weight_files(folder), quantize)
     notes = [*vocabulary.notes]
     context = config.max_positions
     if config.window is not None and config.window < context:
@@ -107,36 +121,75 @@ def write_gguf(folder: Path, path: Path, quantize: Quantize = "f16", about: Abou
             f"llama.cpp has no sliding window for this family: the file's context is {context} tokens, within which "
             "the two are the same"
         )
+    keys = _KEYS_BYTES + vocabulary.bytes
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writer(beside, ARCHITECTURES[config.family]) as writer:
-        _about(writer, about or About(), folder, quantize)
-        _hyperparameters(writer, config, context)
-        _tokenizer(writer, vocabulary, template)
-        _tensors(writer, config, planned)
-        _flush(beside)
-        beside.replace(path)
-    kept = tuple(t.name for t in planned if t.kind == gguf.GGMLQuantizationType.F16) if quantize == "q8_0" else ()
+    recover_folder(path)  # what a kill left of this name
+    check_room(path.parent, planned, quantize, keys)
+    with folder_beside(path) as beside:
+        first = beside / path.name
+        with _writer(first, ARCHITECTURES[config.family]) as writer:
+            _about(writer, about or About(), folder, quantize)
+            _hyperparameters(writer, config, context)
+            _tokenizer(writer, vocabulary, template)
+            _tensors(writer, config, planned, _Parts(quantize, split, keys))
+        if quantize in K_QUANTS:
+            _k_quant(first, quantize)
+        paths = place(beside, path)
+    shapes = _shapes(planned, quantize)
+    notes += shapes.notes
+    if split and len(paths) == 1:
+        notes.append(f"all of it fits into one file of {split / GB:g} GB: it was not split")
+    over = [part.name for part in paths if part.stat().st_size > split > 0]
+    if over:
+        notes.append(f"{', '.join(over)}: larger than {split / GB:g} GB, since a tensor is never divided")
+    size = sum(part.stat().st_size for part in paths)
+    parts = tuple(paths) if len(paths) > 1 else ()
+    return GGUFFile(paths[0], size, quantize, len(planned), shapes.kept, tuple(notes), parts)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """The tensors that no block fits, and what to say of shapes."""
+
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _shapes(planned: Sequence[Planned], quantize: Quantize) -> _Shapes:
+    if quantize in ("f32", "f16", "bf16"):
+        return _Shapes((), ())
+    matrices = [tensor for tensor in planned if len(tensor.shape) > 1]
+    kept = tuple(tensor.name for tensor in matrices if tensor.shape[-1] % BLOCK)
+    notes: list[str] = []
     if kept:
         notes.append(f"{len(kept)} of {len(planned)} tensors have rows that are no multiple of {BLOCK} and stay F16")
-    return GGUFFile(path, path.stat().st_size, quantize, len(planned), kept, tuple(notes))
+    if quantize in K_QUANTS:
+        other = sum(1 for tensor in matrices if tensor.shape[-1] % SUPER_BLOCK) - len(kept)
+        if other:
+            notes.append(
+                f"{other} of {len(planned)} tensors have rows that are no multiple of {SUPER_BLOCK}: llama.cpp "
+                f"gave them a larger type in blocks of {BLOCK}"
+            )
+    return _Shapes(kept, tuple(notes))
 
 
 @contextmanager
 def _writer(path: Path, architecture: gguf.MODEL_ARCH) -> Iterator[gguf.GGUFWriter]:
-    """The library's writer on a file that is removed again unless it was moved to its place."""
-    path.unlink(missing_ok=True)  # the library would write through a link
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     try:
         yield writer
     finally:
         writer.close()
-        path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _k_quant(path: Path, quantize: Quantize) -> None:
+    """Put the K-quant in the place of the file, or of the parts, at `path`."""
+    sources = written(path)
+    wanted = path.with_name(f"k-{path.name}")
+    name = wanted.with_suffix("") if len(sources) > 1 else wanted
+    quantise(sources[0], name, quantize, parts=len(sources) > 1, threads=torch.get_num_threads())
+    for source, made in zip(sources, written(wanted), strict=True):
+        made.replace(source)
 
 
 def _check(config: ModelConfig) -> None:
@@ -157,7 +210,6 @@ def _check(config: ModelConfig) -> None:
 
 
 def _about(writer: gguf.GGUFWriter, about: About, folder: Path, quantize: Quantize) -> None:
-    kinds = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_type("model")
     writer.add_name(about.name or folder.name)
     writer.add_license(about.license)
@@ -166,7 +218,7 @@ def _about(writer: gguf.GGUFWriter, about: About, folder: Path, quantize: Quanti
         writer.add_base_model_name(0, about.base.rsplit("/", 1)[-1])
         if "/" in about.base and not Path(about.base).exists():
             writer.add_base_model_organization(0, about.base.split("/")[0])
-    writer.add_file_type(int(kinds[quantize]))
+    writer.add_file_type(int(FILE_TYPES[quantize]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -250,39 +302,35 @@ def rope_factors(config: ModelConfig) -> NDArray[np.float32]:
     return factors
 
 
-def _plan(config: ModelConfig, files: tuple[Path, ...], quantize: Quantize) -> list[_Planned]:
-    architecture = ARCHITECTURES[config.family]
-    names = gguf.get_tensor_name_map(architecture, config.layers)
-    reorder = architecture is gguf.MODEL_ARCH.LLAMA
-    planned: list[_Planned] = []
-    for file in files:
-        for source, stored in check_safetensors(file).tensors.items():
-            if source.endswith("rotary_emb.inv_freq") or (config.tied and source == "lm_head.weight"):
-                continue
-            name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-            if name is None:
-                raise ExportError(f"{source} in {file.name} has no place in GGUF", "Merge the model again.")
-            part = source.split(".")[-2]
-            heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(part) if reorder else None
-            planned.append(_Planned(file, source, name, stored.shape, _kind(stored.shape, quantize), heads))
-    return planned
+@dataclass(frozen=True)
+class _Parts:
+    """Where one file ends and the next begins: at `most` bytes of what it becomes, the keys in the first counted."""
+
+    quantize: Quantize
+    most: int
+    keys: int
+
+    def begin(self, writer: gguf.GGUFWriter, planned: Sequence[Planned]) -> None:
+        """Tell the writer of each tensor, and in which part it is.
+
+        The writer counts its own bytes where it splits; a K-quant's parts are to be measured in what they become.
+        """
+        used = self.keys
+        for tensor in planned:
+            final = final_size(tensor, self.quantize)
+            if self.most and used + final > self.most and writer.tensors[-1]:
+                writer.tensors.append({})
+                used = _KEYS_BYTES
+            used += final
+            nbytes = TensorBytes(tensor).nbytes
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=tensor.kind)
 
 
-def _kind(shape: tuple[int, ...], quantize: Quantize) -> gguf.GGMLQuantizationType:
-    if len(shape) == 1:
-        return gguf.GGMLQuantizationType.F32
-    fits = shape[-1] % BLOCK == 0
-    return gguf.GGMLQuantizationType.Q8_0 if quantize == "q8_0" and fits else gguf.GGMLQuantizationType.F16
-
-
-def _tensors(writer: gguf.GGUFWriter, config: ModelConfig, planned: list[_Planned]) -> None:
+def _tensors(writer: gguf.GGUFWriter, config: ModelConfig, planned: Sequence[Planned], parts: _Parts) -> None:
     factors = rope_factors(config) if config.rope.kind == "llama3" else None
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for tensor in planned:
-        block, size = gguf.GGML_QUANT_SIZES[tensor.kind]
-        nbytes = math.prod(tensor.shape) // block * size
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=tensor.kind)
+    parts.begin(writer, planned)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -290,34 +338,13 @@ def _tensors(writer: gguf.GGUFWriter, config: ModelConfig, planned: list[_Planne
         writer.write_tensor_data(factors)
         _check_written(writer)
     for tensor in planned:
-        with safe_open(tensor.file, framework="pt") as shard:
-            stored = shard.get_tensor(tensor.source)
-        writer.write_tensor_data(_converted(tensor, stored.to(torch.float32).numpy()))
+        writer.write_tensor_data(TensorBytes(tensor))
         _check_written(writer)
 
 
 def _check_written(writer: gguf.GGUFWriter) -> None:
-    """Raise OSError where a tensor is not all in the file. numpy's tofile says nothing where its last few KiB find no
-    room: it ignores what closing its own copy of the file comes to."""
+    """Raise OSError where a tensor is not all in the file, also where a library writes one and says nothing."""
     writer.flush()
     for file in writer.fout:
         if os.fstat(file.fileno()).st_size < file.tell():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
-
-
-def _converted(tensor: _Planned, values: NDArray[np.float32]) -> Array:
-    if tensor.heads is not None:
-        halves = values.reshape(tensor.heads, 2, -1, *values.shape[1:])
-        values = halves.swapaxes(1, 2).reshape(values.shape)
-    if tensor.kind == gguf.GGMLQuantizationType.F32:
-        return np.ascontiguousarray(values)
-    largest = float(np.abs(values).max(initial=0.0))
-    if not math.isfinite(largest):
-        raise ExportError(f"{tensor.source} holds values that are not finite", "train again with a lower rate")
-    if tensor.kind == gguf.GGMLQuantizationType.F16:
-        if largest > FP16_MAX:
-            reason = f"{tensor.source} holds {largest:g}, and fp16 ends at {FP16_MAX:g}"
-            raise ExportError(reason, "export with --quantize q8_0")
-        return values.astype(np.float16)
-    quantised: NDArray[np.uint8] = gguf.quants.quantize(np.ascontiguousarray(values), tensor.kind)
-    return quantised

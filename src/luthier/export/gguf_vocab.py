@@ -70,6 +70,12 @@ class Vocabulary:
     space_prefix: bool | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def bytes(self) -> int:
+        """What the vocabulary takes in a file, at most: a length before each text, a type and a score beside it."""
+        texts = sum(len(text.encode()) + 8 for text in (*self.tokens, *self.merges))
+        return texts + 8 * len(self.tokens)
+
 
 class _Json:
     """A JSON object read with types; what is missing or of another type counts as absent."""
@@ -129,6 +135,8 @@ def _tokens(document: _Json, rows: int) -> tuple[list[str], list[int]]:
     added = [_Json(entry) for entry in document.listed("added_tokens")]
     by_id = {number: (text, TokenType.NORMAL) for text, number in vocab.items()}
     for entry in added:
+        if beside := [key for key in ("lstrip", "rstrip", "single_word") if entry.flag(key)]:
+            raise ExportError(f"the added token {entry.text('content')!r} sets `{beside[0]}`: {_SPM_ONLY}", _REMEDY)
         kind = TokenType.CONTROL if entry.flag("special") else TokenType.USER_DEFINED
         by_id[int(str(entry.value["id"]))] = (entry.text("content"), kind)
     if by_id and max(by_id) >= rows:

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from luthier.data.render import Template
-from luthier.export.merge import Merged, MergeDtype, merge
+from luthier.export.merge import PLAIN, How, Merged, MergeDtype, merge
 
 __all__ = ["CardFigure", "ModelCard", "base_license", "card_text", "export_huggingface"]
 
@@ -30,7 +30,12 @@ class CardFigure:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the README says. `base` is the recipe's name for it; `facts` are (setting, value) of the plan."""
+    """What the README says.
+
+    `base` is the recipe's name for it, at `revision` where it came from the hub; `facts` are (setting, value) of the
+    plan, `rows` (side, rows, tokens, trained tokens) of the data, `notes` what else is known of it; `recipe` is the
+    recipe in YAML, without paths of the machine that it ran on.
+    """
 
     name: str
     base: str
@@ -38,6 +43,10 @@ class ModelCard:
     license: str = ""
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
     figures: Sequence[CardFigure] = field(default_factory=tuple)
+    revision: str = ""
+    rows: Sequence[tuple[str, int, int, int]] = field(default_factory=tuple)
+    notes: Sequence[str] = field(default_factory=tuple)
+    recipe: str = ""
 
 
 _LONGEST_FRONT = 2**18
@@ -58,8 +67,8 @@ def base_license(folder: Path) -> str:
     return found[1] if found else ""
 
 
-def card_text(card: ModelCard) -> str:
-    """The README.md of a tuned model."""
+def card_text(card: ModelCard, *, onto_quantised: bool = False) -> str:
+    """The README.md of a tuned model; `onto_quantised`: it was merged into the 4-bit base's rounded weights."""
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if "/" in card.base and not Path(card.base).exists():  # a hub id, not a folder of this machine
         front |= {"base_model": card.base, "base_model_relation": "finetune"}
@@ -67,15 +76,19 @@ def card_text(card: ModelCard) -> str:
         front["license"] = card.license
     front["tags"] = ["luthier", "lora"]
     base = card.base if not Path(card.base).is_absolute() else Path(card.base).name
+    at = f" at commit `{card.revision}`" if card.revision else ""
+    into = "the unquantised base"
+    if onto_quantised:
+        into = "the base's weights as NF4 rounds them, which it was trained against (unpacked to 16-bit)"
     lines = [
         *("---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {card.name}", ""),
-        f"`{base}`, tuned by LoRA with Luthier on {card.data} and merged into the unquantised base.",
+        f"`{base}`{at}, tuned by LoRA with Luthier on {card.data} and merged into {into}. {_terms(card)}",
         *("", "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.facts), ""),
     ]
-    if card.figures:
-        lines += ["Held-out rows, base against tuned:", "", "| | base | tuned |", "|---|---|---|"]
-        lines += [f"| {figure.name} | {figure.base:.4g} | {figure.tuned:.4g} |" for figure in card.figures]
-        lines += [""]
+    lines += [*_data(card), *_evaluation(card)]
+    if card.recipe:
+        lines += ["<details><summary>The recipe</summary>", "", "```yaml", *card.recipe.rstrip().splitlines(), "```"]
+        lines += ["", "</details>", ""]
     lines += [
         "Ask it through its chat template, which is the form it was trained in:",
         *("", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
@@ -91,8 +104,38 @@ def card_text(card: ModelCard) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _terms(card: ModelCard) -> str:
+    """Whose licence holds: a merged model is made of its base."""
+    if card.license:
+        return f"The base is under the licence `{card.license}`, which binds this model too."
+    return "The base does not say what licence it is under: look there before you pass this model on."
+
+
+def _data(card: ModelCard) -> list[str]:
+    if not card.rows:
+        return []
+    shown = [f"| {side} | {rows:,} | {tokens:,} | {trained:,} |" for side, rows, tokens, trained in card.rows]
+    notes = [f"- {note}" for note in card.notes]
+    return ["Data:", "", "| side | rows | tokens | trained or measured |", "|---|---|---|---|", *shown, "", *notes, ""]
+
+
+def _evaluation(card: ModelCard) -> list[str]:
+    if not card.figures:
+        return []
+    shown = [f"| {figure.name} | {figure.base:.4g} | {figure.tuned:.4g} |" for figure in card.figures]
+    return ["Held-out rows, base against tuned:", "", "| | base | tuned |", "|---|---|---|", *shown, ""]
+
+
 def export_huggingface(
-    base: Path, adapter: Path, out: Path, template: Template, card: ModelCard, *, dtype: MergeDtype = "auto"
+    base: Path,
+    adapter: Path,
+    out: Path,
+    template: Template,
+    card: ModelCard,
+    *,
+    dtype: MergeDtype = "auto",
+    how: How = PLAIN,
 ) -> Merged:
     """Merge and write the folder with its card. Raises what `merge` raises."""
-    return merge(base, adapter, out, template, dtype=dtype, card=card_text(card))
+    text = card_text(card, onto_quantised=how.onto_quantised is not None)
+    return merge(base, adapter, out, template, dtype=dtype, card=text, how=how)

@@ -4,9 +4,12 @@
 
 The output is 16-bit in the base's own dtype: fp16 of an fp16 base, else bf16.
 
-W is taken from the base's files as they are, never from weights that were quantised for training: merging into rounded
-weights and rounding again loses what the adapter learned. One shard is in memory at a time. Tensors without an adapter
-are copied, bit for bit where the dtype stays, as it does for a 16-bit base.
+W is taken from the base's files as they are, also after QLoRA. The adapter was trained against the NF4-rounded W then;
+`How.onto_quantised` takes these rounded weights instead (unpacked, so the model is no smaller), for all projections of
+the layers, adapted or not. Which of the two is better on held-out rows is measured (losses.py), not believed.
+
+One tensor is in memory at a time, under a file mapping of its own, so what a merge needs does not grow with the shards.
+Tensors without an adapter are copied, bit for bit where the dtype stays, as it does for a 16-bit base.
 
 The folder gets the template that was trained as its chat template, and the template's stop tokens as those of
 `generate`, so that whoever loads it asks in the trained form and the answer ends.
@@ -25,21 +28,27 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from luthier.data.render import Template
 from luthier.errors import ExportError, FileError
+from luthier.export.origin import note_merge, other_base
+from luthier.export.room import check_room
+from luthier.export.unmerge import record
 from luthier.guard.documents import read_object
 from luthier.guard.header import Header, StoredTensor, check_safetensors
 from luthier.guard.inside import check_folder
 from luthier.model.adapter import PREFIX, WEIGHTS, read_adapter_config
-from luthier.model.config import ModelConfig, read_config
+from luthier.model.config import ModelConfig
+from luthier.model.decoder import Decoder
+from luthier.model.load import check_weights, is_ignored
 from luthier.model.locate import INDEX, weight_files
-from luthier.model.lora import merge_delta
+from luthier.model.lora import LoRASpec, lora_shapes, merge_delta, projections
+from luthier.model.tensor_file import Slot, write_streamed
 from luthier.runs import atomic_folder, write_json, write_text
 
-__all__ = ["DTYPES", "MergeDtype", "Merged", "StoredDtype", "merge", "write_tokenizer"]
+__all__ = ["DTYPES", "PLAIN", "How", "MergeDtype", "Merged", "StoredDtype", "merge", "write_tokenizer"]
 
 StoredDtype = Literal["bf16", "fp16", "fp32"]
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -58,14 +67,33 @@ COPIED = (
 )
 """Files of the base that go along as they are: its tokenizer, and its licence, which binds the merged model too."""
 
+_SHOWN = 200
+"""How many problems are listed; the rest is counted."""
+
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class How:
+    """What else a merge may be asked for.
+
+    `onto_quantised`: merge into the NF4-rounded weights; it is the compute dtype of the training, in which they were
+    rounded. None: into the base's own. `reversible`: keep beside the weights what unmerge.py needs.
+    """
+
+    onto_quantised: StoredDtype | None = None
+    reversible: bool = False
+
+
+PLAIN = How()
+"""Into the base's own weights, and no more."""
 
 
 @dataclass(frozen=True)
 class Merged:
     """A folder that was written: `merged` projections got their update, of `tensors` in `files` weight files.
 
-    `notes` say what is not as the caller may expect.
+    `notes` say what is not as the caller may expect; `onto` is `16-bit` or `nf4`, the weights that were added to.
     """
 
     folder: Path
@@ -74,6 +102,7 @@ class Merged:
     merged: int
     files: int
     notes: tuple[str, ...] = ()
+    onto: str = "16-bit"
 
 
 @dataclass(frozen=True)
@@ -88,59 +117,91 @@ class _OverflowError(ExportError):
     """A finite value has no finite counterpart in the dtype of the merge."""
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One merge: base and adapter, checked against each other."""
+
+    base: Path
+    config: ModelConfig
+    headers: Mapping[Path, Header]
+    updates: Mapping[str, _Update]
+    scaling: float
+    projections: frozenset[str]
+    how: How
+
+    def written(self, header: Header) -> dict[str, StoredTensor]:
+        """The tensors of a file that go along: all but those that nobody reads, as the copy of a tied head."""
+        return {name: stored for name, stored in header.tensors.items() if not is_ignored(name, self.config.tied)}
+
+
 def merge(
-    base: Path, adapter: Path, out: Path, template: Template, *, dtype: MergeDtype = "auto", card: str = ""
+    base: Path,
+    adapter: Path,
+    out: Path,
+    template: Template,
+    *,
+    dtype: MergeDtype = "auto",
+    card: str = "",
+    how: How = PLAIN,
 ) -> Merged:
     """Write base + adapter to the folder `out`, atomically; `card` is its README.md where there is one.
 
     `template` is the one that was trained. With `auto` a merge that leaves fp16's range is written in bf16, and the
     notes say so. Raises ExportError where adapter and base do not belong together, listing every tensor, where a file
-    cannot be read, and where a merged value does not fit the dtype asked for.
+    cannot be read, and where a merged value does not fit the dtype asked for; FitError where the disk has no room.
     """
     headers = _headers(weight_files(base))
-    updates, scaling = _read_adapter(adapter)
-    _check(base, headers, updates)
+    updates, spec = _read_adapter(adapter)
+    _check(base, adapter, headers, updates, spec)
+    empty = check_weights(base)
+    _check_missing(adapter, updates, empty, spec)
+    names = frozenset(f"{name}.weight" for name, _ in projections(empty))
+    job = _Job(base, empty.config, headers, updates, spec.scaling, names, how)
     chosen = _own_dtype(headers) if dtype == "auto" else dtype
+    _check_room(job, out, chosen)
+    notes: tuple[str, ...] = ()
     try:
-        return _write(base, out, template, updates, scaling, chosen, card)
+        made = _write(job, adapter, out, template, chosen, card)
     except _OverflowError as error:
         if dtype != "auto" or chosen != "fp16":
             raise
-        note = f"the base is fp16 and the merged model bf16: {error.message}"
-    return replace(_write(base, out, template, updates, scaling, "bf16", card), notes=(note,))
+        notes = (f"the base is fp16 and the merged model bf16: {error.message}",)
+        made = _write(job, adapter, out, template, "bf16", card)
+    return replace(made, notes=notes)
 
 
-def _write(
-    base: Path,
-    out: Path,
-    template: Template,
-    updates: Mapping[str, _Update],
-    scaling: float,
-    dtype: StoredDtype,
-    card: str,
-) -> Merged:
-    config = read_config(base)
-    files = weight_files(base)
+def _check_room(job: _Job, out: Path, dtype: StoredDtype) -> None:
+    width, kept = DTYPES[dtype][0].itemsize, 0
+    for file, header in job.headers.items():
+        kept += sum(math.prod(stored.shape) * width for stored in job.written(header).values())
+        kept += file.stat().st_size * job.how.reversible  # what it comes to is known when it is written; at most this
+    check_room(out, kept, "the merged model")
+
+
+def _write(job: _Job, adapter: Path, out: Path, template: Template, dtype: StoredDtype, card: str) -> Merged:
     total_tensors = total_bytes = 0
     weight_map: dict[str, str] = {}
+    onto = "16-bit" if job.how.onto_quantised is None else "nf4"
     with atomic_folder(out) as folder:
-        for file in files:
-            shard, metadata = _merged_shard(file, config, updates, scaling, DTYPES[dtype][0])
-            save_file(shard, folder / file.name, metadata=metadata)
-            total_tensors += len(shard)
-            total_bytes += sum(tensor.nbytes for tensor in shard.values())
-            weight_map |= dict.fromkeys(shard, file.name)
-        if (base / INDEX).is_file():
+        for file, header in job.headers.items():
+            slots = _merge_file(job, file, header, folder / file.name, DTYPES[dtype][0])
+            total_tensors += len(slots)
+            total_bytes += sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots.values())
+            weight_map |= dict.fromkeys(slots, file.name)
+            if job.how.reversible:
+                record(job.base, folder, file.name)
+        if (job.base / INDEX).is_file():
             write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-        _write_config(base, folder, template, DTYPES[dtype][1])
-        write_tokenizer(base, folder, template)
+        _write_config(job.base, folder, template, DTYPES[dtype][1])
+        write_tokenizer(job.base, folder, template)
+        note_merge(folder, job.base, adapter, onto)
         if card:
             write_text(folder / "README.md", card)
-    return Merged(out, dtype, total_tensors, len(updates), len(files))
+    return Merged(out, dtype, total_tensors, len(job.updates), len(job.headers), onto=onto)
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, _Update], float]:
-    """(weight name in the base -> its two factors, s)."""
+def _read_adapter(folder: Path) -> tuple[dict[str, _Update], LoRASpec]:
+    """(weight name in the base -> its two factors, what the adapter says of itself)."""
     spec, _ = read_adapter_config(folder)
     path = folder / WEIGHTS
     if not path.is_file():
@@ -156,11 +217,12 @@ def _read_adapter(folder: Path) -> tuple[dict[str, _Update], float]:
         raise ExportError(f"{path} holds tensors that are no pair of LoRA factors:\n" + _listed(stray),
                           "save the adapter again; only plain LoRA can be merged")  # fmt: skip
     updates = {f"{owner}.weight": _Update(stored[owner + A_SUFFIX], stored[owner + B_SUFFIX]) for owner in whole}
-    return updates, spec.scaling
+    return updates, spec
 
 
 def _listed(lines: list[str]) -> str:
-    return "\n".join(f"  {line}" for line in lines)
+    shown = lines[:_SHOWN] + [f"and {len(lines) - _SHOWN:,} more"] * (len(lines) > _SHOWN)
+    return "\n".join(f"  {line}" for line in shown)
 
 
 @contextmanager
@@ -173,28 +235,35 @@ def _readable(file: Path) -> Iterator[Header]:
         raise ExportError(f"{file} cannot be read: {error}", remedy) from error
 
 
-def _headers(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
+def _headers(files: tuple[Path, ...]) -> dict[Path, Header]:
+    found: dict[Path, Header] = {}
     for file in files:
         with _readable(file) as header:
-            found |= header.tensors
+            found[file] = header
     return found
 
 
-def _own_dtype(headers: Mapping[str, StoredTensor]) -> StoredDtype:
+def _own_dtype(headers: Mapping[Path, Header]) -> StoredDtype:
     """The 16-bit dtype of the base's files (config.json may say another); of both kinds the one with more elements."""
-    half, brain = (
-        sum(math.prod(stored.shape) for stored in headers.values() if stored.dtype == kind) for kind in ("F16", "BF16")
-    )
+    every = [stored for header in headers.values() for stored in header.tensors.values()]
+    half, brain = (sum(math.prod(stored.shape) for stored in every if stored.dtype == kind) for kind in ("F16", "BF16"))
     return "fp16" if half > brain else "bf16"
 
 
-def _check(base: Path, headers: Mapping[str, StoredTensor], updates: Mapping[str, _Update]) -> None:
-    problems = [f"{name}: the base has no such weight" for name in sorted(updates) if name not in headers]
+def _check(
+    base: Path, adapter: Path, headers: Mapping[Path, Header], updates: Mapping[str, _Update], spec: LoRASpec
+) -> None:
+    """That base and adapter belong together, by shapes and by what the adapter says of its base's files."""
+    shapes = {name: stored.shape for header in headers.values() for name, stored in header.tensors.items()}
+    problems = [f"{name}: the base has no such weight" for name in sorted(updates) if name not in shapes]
     for name, update in sorted(updates.items()):
         made = (*update.B.shape[:1], *update.A.shape[1:])  # of tensors with one dimension too
-        if name in headers and (headers[name].shape != made or update.A.shape[:1] != update.B.shape[1:]):
-            problems.append(f"{name}: {headers[name].shape} in the base, {made} in the adapter")
+        if name in shapes and (shapes[name] != made or update.A.shape[:1] != update.B.shape[1:]):
+            problems.append(f"{name}: {shapes[name]} in the base, {made} in the adapter")
+        elif name in shapes and update.A.shape[0] != spec.rank:
+            problems.append(f"{name}: rank {update.A.shape[0]} in its tensors, {spec.rank} in adapter_config.json")
+    if another := other_base(adapter, base):
+        problems.append(f"the files: {another}")
     if problems:
         raise ExportError(
             f"the adapter does not fit the base in {base}, {len(problems)} problem(s):\n" + _listed(problems),
@@ -202,23 +271,38 @@ def _check(base: Path, headers: Mapping[str, StoredTensor], updates: Mapping[str
         )
 
 
-def _merged_shard(
-    file: Path, config: ModelConfig, updates: Mapping[str, _Update], scaling: float, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Tensor] = {}
-    with _readable(file), safe_open(file, framework="pt") as shard:
-        metadata = dict(shard.metadata() or {}) | {"format": "pt"}
-        for name in shard.keys():  # noqa: SIM118  (not a dict)
-            # A tied head is the embedding; a copy of it that an old base carries is read by nobody.
-            if config.tied and name == "lm_head.weight":
-                continue
-            stored, update = shard.get_tensor(name), updates.get(name)
-            if update is not None:
-                summed = stored.float() + merge_delta(update.A, update.B, scaling)
-                tensors[name] = _rounded(name, summed, dtype)
-            else:
-                tensors[name] = _rounded(name, stored, dtype) if stored.is_floating_point() else stored
-    return tensors, metadata
+def _check_missing(adapter: Path, updates: Mapping[str, _Update], empty: Decoder, spec: LoRASpec) -> None:
+    owners = sorted({name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in lora_shapes(empty, spec)})
+    if missing := [f"{name}: adapted by adapter_config.json" for name in owners if f"{name}.weight" not in updates]:
+        raise ExportError(
+            f"{adapter / WEIGHTS} lacks {len(missing)} of the {len(owners)} pairs that adapter_config.json says it "
+            "has:\n" + _listed(missing),
+            "save the adapter again: a part of it was lost",
+        )
+
+
+def _merge_file(job: _Job, file: Path, header: Header, out: Path, dtype: torch.dtype) -> dict[str, Slot]:
+    """Write one of the base's weight files merged; what it holds."""
+    slots = {name: Slot(dtype, stored.shape) for name, stored in job.written(header).items()}
+
+    def make(name: str) -> Tensor:
+        with _readable(file), safe_open(file, framework="pt") as shard:
+            return _merged(job, name, shard.get_tensor(name), dtype)
+
+    write_streamed(out, slots, make, dict(header.metadata) | {"format": "pt"})
+    return slots
+
+
+def _merged(job: _Job, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    rounds = job.how.onto_quantised
+    if rounds is not None and name in job.projections:
+        from luthier.model.quantize import round_to_nf4  # bitsandbytes takes a second to import
+
+        stored = round_to_nf4(stored.to(DTYPES[rounds][0]))
+    update = job.updates.get(name)
+    if update is not None:
+        return _rounded(name, merge_delta(update.A, update.B, job.scaling).add_(stored), dtype)
+    return _rounded(name, stored, dtype)
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

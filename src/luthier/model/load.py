@@ -27,7 +27,7 @@ from luthier.model.fp8 import FP8Linear, check_fp8
 from luthier.model.locate import weight_files
 from luthier.model.projection import Projection
 
-__all__ = ["linear_of", "load_decoder", "return_freed"]
+__all__ = ["check_weights", "is_ignored", "linear_of", "load_decoder", "return_freed"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The safetensors dtypes that hold plain weights."""
@@ -74,6 +74,19 @@ def load_decoder(
     return decoder.eval()
 
 
+def check_weights(folder: Path) -> Decoder:
+    """The model in `folder` without its weights, on torch's meta device, once its files were held against its config.
+
+    Only headers are read. Raises ModelError as `load_decoder` does.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    _check(folder, weight_files(folder), shapes, config.tied)
+    return decoder
+
+
 def linear_of(quantize: Literal["none", "nf4", "fp8"]) -> type[Projection]:
     """What holds the frozen weights of the layers' projections."""
     if quantize == "nf4":  # bitsandbytes takes a second to import: only those who quantise pay
@@ -106,7 +119,7 @@ def _place(decoder: Decoder, name: str, stored: Tensor, dtype: torch.dtype, devi
         setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
 
 
-def _ignored(name: str, tied: bool) -> bool:
+def is_ignored(name: str, tied: bool) -> bool:
     """Tensors that old checkpoints carry and nobody reads: rotary tables, and the copy of a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
@@ -129,7 +142,7 @@ def _check(folder: Path, files: tuple[Path, ...], shapes: Mapping[str, tuple[int
                     problems.append(f"{name}: {stored.shape} in {file.name}, the config asks for {shapes[name]}")
                 elif stored.dtype not in FLOATS:
                     problems.append(f"{name}: {stored.dtype} in {file.name}, which is not a plain weight")
-            elif not _ignored(name, tied):
+            elif not is_ignored(name, tied):
                 problems.append(f"{name}: {stored.shape} in {file.name} is not part of this model")
     problems += [f"{name}: {shape} is missing" for name, shape in shapes.items() if name not in seen]
     if problems:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from luthier.model.projection import Projection
 
-__all__ = ["BLOCK_SIZE", "NF4Linear"]
+__all__ = ["BLOCK_SIZE", "NF4Linear", "round_to_nf4"]
 
 BLOCK_SIZE = 64
 """Weights that share one scale."""
@@ -54,3 +54,11 @@ class NF4Linear(Projection):
         """(O, I) in the compute dtype: the weight that this layer really multiplies by."""
         weight_OI: Tensor = dequantize_4bit(self.weight, self.quant_state)
         return weight_OI
+
+
+@torch.no_grad()
+def round_to_nf4(weight_OI: Tensor) -> Tensor:
+    """(O, I): what an NF4Linear that is given `weight_OI` multiplies by, in its dtype (the compute dtype)."""
+    holder = NF4Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+    holder.assign("weight", weight_OI)
+    return holder.dense()

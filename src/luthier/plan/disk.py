@@ -5,7 +5,8 @@ With n trained parameters, m bytes of optimizer state for each and k = `train.ke
     checkpoints    (k + 2) · n · (4 + m)       the newest k, the best, and the one that is being written
     adapter        2 · (4n + tokenizer)        and the one that is being written
     events         700 bytes a step            the widest step line, warnings and saves: an upper estimate
-    exports        2 bytes a weight            hf, from which the others are made; gguf in f16; ollama in q8_0, 34/32
+    exports        2 bytes a weight            hf, from which the others are made; gguf in f16; ollama in q8_0, 34/32;
+                                               mlx in 16-bit
 
 plus, for each folder of a checkpoint or export, the tokenizer's files or a few KiB of JSON. Weights in the exports
 count in full: that they stand in several files of 5 GB bounds memory, not the disk. The cache of prepared rows
@@ -38,7 +39,7 @@ _TOKEN_BYTES = 136
 
 @dataclass(frozen=True)
 class Written:
-    """What a run is to write: `exports` (hf, gguf, ollama), `keep` newest checkpoints, the events of `steps` steps."""
+    """What a run is to write: `exports` (hf, gguf, …), `keep` newest checkpoints, the events of `steps` steps."""
 
     exports: Sequence[str] = ()
     keep: int = 3
@@ -70,4 +71,6 @@ def predict_disk(config: ModelConfig, trained: int, optimizer: Optimizer, writte
         parts.append(Part("gguf", 2 * weights + tokenizer, "16-bit"))
     if "ollama" in written.exports:
         parts.append(Part("ollama", weights * 34 // 32 + tokenizer, "q8_0: 34 bytes for 32 weights"))
+    if "mlx" in written.exports:
+        parts.append(Part("mlx", 2 * weights + tokenizer, "16-bit"))
     return Phase("disk", tuple(parts))

@@ -25,6 +25,7 @@ __all__ = [
     "DataSource",
     "EvaluateRecipe",
     "FormatName",
+    "OllamaRecipe",
     "Projection",
     "Recipe",
     "SplitRecipe",
@@ -218,6 +219,22 @@ class EvaluateRecipe(_Section):
     )
 
 
+class OllamaRecipe(_Section):
+    """What the Modelfile sets for Ollama; the defaults are those of `luthier chat`."""
+
+    system: Annotated[str, Strict()] = Field("", description="The system message of every conversation; empty: none.")
+    temperature: Number = Field(0.7, ge=0, le=5, description="0: always the likeliest token.")
+    top_p: Number = Field(0.9, gt=0, le=1, description="Draw from the likeliest tokens of this total.")
+    top_k: Whole = Field(0, ge=0, description="Draw from this many likeliest tokens; 0: from all.")
+    min_p: Number = Field(0.0, ge=0, le=1, description="Leave out tokens below this share of the likeliest one's.")
+    repeat_penalty: Number = Field(1.0, gt=0, le=10, description="Above 1: tokens seen already count less.")
+    context: Annotated[Whole, Field(ge=8)] | Auto = Field(
+        "auto",
+        description="Longest conversation; auto: the model's, 8192 at most.",
+        json_schema_extra={"unit": "tokens"},
+    )
+
+
 def as_sources(value: object) -> object:
     """`data: rows.jsonl` and `data: [a.jsonl, b.jsonl]` are short for `data: [{path: ...}]`."""
     listed = [value] if isinstance(value, (str, dict)) else value
@@ -274,7 +291,9 @@ class Recipe(_Section):
         "always for this one.",
     )
     evaluate: EvaluateRecipe = Field(default_factory=EvaluateRecipe, description="What is measured afterwards.")
-    export: tuple[Literal["hf", "gguf", "ollama"], ...] = Field(
+    export: tuple[Literal["hf", "gguf", "ollama", "mlx"], ...] = Field(
         ("hf", "gguf"),
-        description="What `luthier run` writes: hf (transformers, vLLM), gguf (llama.cpp), ollama (and its Modelfile).",
+        description="What `luthier run` writes: hf (transformers, vLLM), gguf (llama.cpp), ollama (and its Modelfile), "
+        "mlx (mlx-lm).",
     )
+    ollama: OllamaRecipe = Field(default_factory=OllamaRecipe, description="How Ollama asks, see `export`.")
