@@ -6,9 +6,6 @@ weights give near ties that any rounding flips, so the small models here have le
 
 from __future__ import annotations
 
-import json
-import random
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from luthier.data.conversation import Turn
 from luthier.data.render import make_template
@@ -26,7 +22,7 @@ from luthier.data.tokenizer import load_tokenizer
 from luthier.export.gguf import write_gguf
 from luthier.export.gguf_types import K_QUANTS, QUANTIZE, Quantize
 from luthier.model.load import load_decoder
-from tests import tiny
+from tests.export.texts import ADDED_TEXTS, mixed, with_added_tokens, with_llama_3s_vocabulary
 from tests.parity.test_llama_cpp import LLAMA3, SPRIG, VOCAB, YARN, held_out, loaded, logits_of, make, same_ids
 
 pytestmark = pytest.mark.llama_cpp
@@ -159,51 +155,6 @@ def test_parts_are_loaded_as_one(quantize: Quantize, held: Held, tmp_path: Path)
 
 # --- token ids --------------------------------------------------------------------------------------------------------
 
-PIECES = (
-    *("hello", " world", "The", " king's", "I'll", "WE'RE", " naïve", "Größe", "1234567", " 3.14", "x²", "½"),
-    *(" ", "  ", "     ", "\t", "\t\t", "\n", "\n\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u200b", "\u2028"),
-    *(
-        "🦙",
-        "👩‍👩‍👧",
-        "🇩🇪",
-        "👍🏽",
-        "😀😀😀",
-        "❤️",
-        "é",
-        "日本語",
-        "テキスト",
-        "한국어",
-        "你好，世界。",
-        "עברית",
-        "العربية",
-        "हिन्दी",
-        "ไทย",
-    ),
-    *(
-        "def f(x):\n    return x[::-1]  # ok",
-        "for (int i=0;i<n;++i){a[i]^=0x1F;}",
-        "<div class='a'>&amp;</div>",
-        "a_b-c.d/e\\f",
-    ),
-    *(
-        "SELECT * FROM t WHERE a != 'b';",
-        "{}[]()<>",
-        "...",
-        "!?!?",
-        "—",
-        "“quoted”",
-        "#$%^&*",
-        "https://example.org/?q=1&r=2",
-    ),
-)
-
-
-def mixed(count: int) -> list[str]:
-    """`count` texts of words, emoji, CJK, code and runs of white space, put together at random and in NFC."""
-    chance = random.Random(7)
-    texts = ["".join(chance.choices(PIECES, k=chance.randint(1, 12))) for _ in range(count)]
-    return [unicodedata.normalize("NFC", text) for text in texts]
-
 
 def test_ids_of_500_texts(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(SPRIG)
@@ -213,13 +164,7 @@ def test_ids_of_500_texts(tmp_path: Path) -> None:
 
 @pytest.mark.shared
 def test_ids_of_500_texts_in_llama_3s_vocabulary(shared: Path, tmp_path: Path) -> None:
-    folder = tiny.make_model(tmp_path / "hf", vocab_size=128256, num_hidden_layers=1, tie_word_embeddings=True)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((shared / "tokenizers" / "llama-3" / name).read_bytes())
-    for name in ("config.json", "generation_config.json"):
-        config = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(config | {"bos_token_id": 128000, "eos_token_id": [128001, 128009]}))
+    folder = with_llama_3s_vocabulary(shared, tmp_path / "hf")
     tokenizer = load_tokenizer(folder)
     with loaded(write_gguf(folder, tmp_path / "m.gguf", "q8_0").path, vocabulary=True) as model:
         assert [text for text in mixed(500) if not same_ids(model, tokenizer, text)] == []
@@ -228,18 +173,14 @@ def test_ids_of_500_texts_in_llama_3s_vocabulary(shared: Path, tmp_path: Path) -
 @pytest.mark.parametrize("tied", [True, False])
 def test_added_tokens(tied: bool, tmp_path: Path) -> None:
     """Tokens that a user added, with rows of their own: found inside words, special ones only where they are meant."""
-    folder = tiny.make_model(tmp_path / "hf", vocab_size=416, tie_word_embeddings=tied)
-    fast = AutoTokenizer.from_pretrained(folder)
-    fast.add_tokens([AddedToken("<item>", normalized=False), AddedToken("gizmo", normalized=False)])
-    fast.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
-    fast.save_pretrained(folder)
+    folder = with_added_tokens(tmp_path / "hf", tied)
     tokenizer = load_tokenizer(folder)
     item, gizmo, call = (tokenizer.token_id(text) for text in ("<item>", "gizmo", "<|call|>"))
     assert (item, gizmo, call) == (400, 401, 402)
     written = write_gguf(folder, tmp_path / "m.gguf")
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with loaded(written.path) as model:
-        for text in ("a <item> b", "<item><item>", "agizmob gizmo", "<|call|> as text", "x<item>\n\n<item> y"):
+        for text in ADDED_TEXTS:
             assert same_ids(model, tokenizer, text), text
         ids = tokenizer.encode("<|call|>do<item>gizmo", special=True)
         assert {item, gizmo, call} <= set(ids)

@@ -27,8 +27,10 @@ from luthier.export.unmerge import unmerge
 from luthier.model.adapter import save_adapter
 from luthier.model.fingerprint import fingerprint
 from luthier.model.load import load_decoder
+from luthier.model.locate import locate_model
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from tests import tiny
+from tests.export.texts import mixed, with_llama_3s_vocabulary
 
 PLENTY = 2**60
 
@@ -293,3 +295,14 @@ def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.shared
+def test_ids_of_500_texts_in_transformers(shared: Path, tmp_path: Path) -> None:
+    """What is merged tokenises in transformers as it was trained: Llama 3's vocabulary, and sprig's."""
+    for base in (with_llama_3s_vocabulary(shared, tmp_path / "llama-3"), locate_model("sprig")):
+        tokenizer, out = load_tokenizer(base), tmp_path / f"out-{base.name}"
+        merge(base, adapter_for(base, tmp_path / f"adapter-{base.name}"), out, make_template("llama3", tokenizer))
+        theirs = AutoTokenizer.from_pretrained(out)
+        texts = mixed(500)
+        assert [text for text in texts if theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text)] == []

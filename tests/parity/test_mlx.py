@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import luthier
 from luthier.data.conversation import Turn
 from luthier.data.render import Template, make_template
-from luthier.data.tokenizer import load_tokenizer
+from luthier.data.tokenizer import ChatTokenizer, load_tokenizer
 from luthier.errors import ExportError
 from luthier.export.affine import Bits, affine_quantized
 from luthier.export.merge import merge
@@ -29,6 +30,7 @@ from luthier.model.adapter import save_adapter
 from luthier.model.load import load_decoder
 from luthier.model.lora import LoRASpec, add_lora, lora_parameters
 from tests import tiny
+from tests.export.texts import ADDED_TEXTS, mixed, with_added_tokens, with_llama_3s_vocabulary
 
 if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx_lm") is None:
     WHY = "mlx and mlx-lm are not installed (extra [mlx]): the tests of exports in mlx-lm itself do not run"
@@ -223,15 +225,6 @@ def test_shards(tmp_path: Path) -> None:
 
 # --- sprig ------------------------------------------------------------------------------------------------------------
 
-TEXTS = (
-    *tiny.TEXT,
-    "  emoji 🦙👩‍👩‍👧 日本語\t\n\n x²",
-    "<|eot_id|> as text",
-    "for (i = 0; i < n; ++i) { a[i] += 1; }",
-    " ",
-    "\n",
-)
-
 
 @pytest.fixture(scope="module")
 def sprig(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -242,12 +235,40 @@ def sprig(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sprig_reads_texts_as_we_do(sprig: Path) -> None:
     ours, (_, theirs) = load_tokenizer(SPRIG), mlx_lm.load(str(sprig))
-    for text in TEXTS:
-        plain = text.replace("<|", "< |")  # ours never makes control tokens of a text
-        assert theirs.encode(plain, add_special_tokens=False) == ours.encode(plain), text
+    assert other_ids(ours, theirs, mixed(500)) == []
     turns = [Turn("user", "Why is the sea salt?"), Turn("assistant", "It is."), Turn("user", "Go on.")]
     asked = [{"role": turn.role, "content": turn.content} for turn in turns]
     assert theirs.apply_chat_template(asked, add_generation_prompt=True) == template_of(SPRIG).prompt_ids(turns)
+
+
+def other_ids(ours: ChatTokenizer, theirs: object, texts: Sequence[str]) -> list[str]:
+    """The texts that mlx-lm's tokenizer reads otherwise."""
+    encode = theirs.encode  # type: ignore[attr-defined]
+    return [text for text in texts if encode(text, add_special_tokens=False) != ours.encode(text)]
+
+
+@pytest.mark.shared
+def test_llama_3s_vocabulary(shared: Path, tmp_path: Path) -> None:
+    folder = with_llama_3s_vocabulary(shared, tmp_path / "hf")
+    ours = load_tokenizer(folder)
+    write_mlx(folder, tmp_path / "mlx", make_template("llama3", ours))
+    _, theirs = mlx_lm.load(str(tmp_path / "mlx"))
+    assert other_ids(ours, theirs, mixed(500)) == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_tokens(tied: bool, tmp_path: Path) -> None:
+    folder = with_added_tokens(tmp_path / "hf", tied)
+    tokenizer = load_tokenizer(folder)
+    write_mlx(folder, tmp_path / "mlx", template_of(folder))
+    model, theirs = mlx_lm.load(str(tmp_path / "mlx"))
+    assert other_ids(tokenizer, theirs, [text for text in ADDED_TEXTS if "<|" not in text]) == []
+    ids = tokenizer.encode("<|call|>do<item>gizmo", special=True)
+    assert {400, 401, 402} <= set(ids)
+    assert theirs.encode("<|call|>do<item>gizmo", add_special_tokens=False) == ids
+    model.set_dtype(mx.float32)
+    (wanted,) = reference_logits(folder, [ids], torch.float32)
+    assert np.abs(logits_of(model, ids) - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
 def test_sprig_predicts_the_same(sprig: Path, tmp_path: Path) -> None:

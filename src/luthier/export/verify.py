@@ -38,11 +38,11 @@ from luthier.model.decoder import Decoder
 
 __all__ = ["THRESHOLDS", "Asked", "Difference", "Reference", "Row", "Verified", "missing", "refer", "verify_model"]
 
-THRESHOLDS: Mapping[str, float] = {"F32": 0.995, "F16": 0.995, "BF16": 0.995, "Q8_0": 0.98}
+THRESHOLDS: Mapping[str, float] = {"F32": 0.995, "F16": 0.995, "BF16": 0.995, "Q8_0": 0.98, "8-bit": 0.98}
 """Type of the weights -> the least share of places with the same likeliest token; of few places, to a whole one. Other
 types have none: what their rounding costs is what they are chosen for, and is told."""
 
-UNDECIDED: Mapping[str, float] = {"F32": 0.5, "F16": 0.5, "BF16": 0.5, "Q8_0": 1.0}
+UNDECIDED: Mapping[str, float] = {"F32": 0.5, "F16": 0.5, "BF16": 0.5, "Q8_0": 1.0, "8-bit": 1.0}
 """Type -> by how much (nats) the reference may prefer its own token where a continuation goes another way."""
 
 MOST_LOSS = 1.0
