@@ -27,7 +27,7 @@ def write_gguf_adapter(base: Path, adapter: Path, path: Path, name: str = "") ->
     Raises ExportError where the two do not belong together, listing every tensor.
     """
     config = read_config(base)
-    factors = read_factors(adapter, config)
+    factors = read_factors(adapter, base)
     architecture = ARCHITECTURES[config.family]
     names = gguf.get_tensor_name_map(architecture, config.layers)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +42,7 @@ def write_gguf_adapter(base: Path, adapter: Path, path: Path, name: str = "") ->
         for stem, pair in factors.pairs.items():
             place = names.get_name(stem)
             assert place is not None, f"{stem} has a place in every architecture here"  # noqa: S101
-            down, up = pair.A.numpy(), pair.B.numpy()
+            down, up = pair.A.float().numpy(), pair.B.float().numpy()
             heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(stem.rsplit(".", 1)[-1])
             if heads is not None and architecture is gguf.MODEL_ARCH.LLAMA:
                 up = up.reshape(heads, 2, -1, up.shape[1]).swapaxes(1, 2).reshape(up.shape)

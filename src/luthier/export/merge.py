@@ -20,31 +20,27 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from luthier.data.render import Template
 from luthier.errors import ExportError, FileError
-from luthier.export.origin import note_merge, other_base
+from luthier.export.factors import Factors, read_factors, readable
+from luthier.export.origin import note_merge
 from luthier.export.room import check_room
 from luthier.export.unmerge import record
 from luthier.guard.documents import read_object
-from luthier.guard.header import Header, StoredTensor, check_safetensors
+from luthier.guard.header import Header, StoredTensor
 from luthier.guard.inside import check_folder
-from luthier.model.adapter import PREFIX, WEIGHTS, read_adapter_config
-from luthier.model.config import ModelConfig
-from luthier.model.decoder import Decoder
-from luthier.model.load import check_weights, is_ignored
-from luthier.model.locate import INDEX, weight_files
-from luthier.model.lora import LoRASpec, lora_shapes, merge_delta, projections
+from luthier.model.load import is_ignored
+from luthier.model.locate import INDEX
+from luthier.model.lora import merge_delta, projections
 from luthier.model.tensor_file import Slot, write_streamed
 from luthier.runs import atomic_folder, write_json, write_text
 
@@ -66,11 +62,6 @@ COPIED = (
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
 )
 """Files of the base that go along as they are: its tokenizer, and its licence, which binds the merged model too."""
-
-_SHOWN = 200
-"""How many problems are listed; the rest is counted."""
-
-A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -105,14 +96,6 @@ class Merged:
     onto: str = "16-bit"
 
 
-@dataclass(frozen=True)
-class _Update:
-    """The two factors of one projection."""
-
-    A: Tensor
-    B: Tensor
-
-
 class _OverflowError(ExportError):
     """A finite value has no finite counterpart in the dtype of the merge."""
 
@@ -122,16 +105,17 @@ class _Job:
     """One merge: base and adapter, checked against each other."""
 
     base: Path
-    config: ModelConfig
-    headers: Mapping[Path, Header]
-    updates: Mapping[str, _Update]
-    scaling: float
+    factors: Factors
     projections: frozenset[str]
     how: How
 
     def written(self, header: Header) -> dict[str, StoredTensor]:
         """The tensors of a file that go along: all but those that nobody reads, as the copy of a tied head."""
-        return {name: stored for name, stored in header.tensors.items() if not is_ignored(name, self.config.tied)}
+        return {
+            name: stored
+            for name, stored in header.tensors.items()
+            if not is_ignored(name, self.factors.empty.config.tied)
+        }
 
 
 def merge(
@@ -150,14 +134,9 @@ def merge(
     notes say so. Raises ExportError where adapter and base do not belong together, listing every tensor, where a file
     cannot be read, and where a merged value does not fit the dtype asked for; FitError where the disk has no room.
     """
-    headers = _headers(weight_files(base))
-    updates, spec = _read_adapter(adapter)
-    _check(base, adapter, headers, updates, spec)
-    empty = check_weights(base)
-    _check_missing(adapter, updates, empty, spec)
-    names = frozenset(f"{name}.weight" for name, _ in projections(empty))
-    job = _Job(base, empty.config, headers, updates, spec.scaling, names, how)
-    chosen = _own_dtype(headers) if dtype == "auto" else dtype
+    factors = read_factors(adapter, base)
+    job = _Job(base, factors, frozenset(f"{name}.weight" for name, _ in projections(factors.empty)), how)
+    chosen = _own_dtype(factors.headers) if dtype == "auto" else dtype
     _check_room(job, out, chosen)
     notes: tuple[str, ...] = ()
     try:
@@ -172,7 +151,7 @@ def merge(
 
 def _check_room(job: _Job, out: Path, dtype: StoredDtype) -> None:
     width, kept = DTYPES[dtype][0].itemsize, 0
-    for file, header in job.headers.items():
+    for file, header in job.factors.headers.items():
         kept += sum(math.prod(stored.shape) * width for stored in job.written(header).values())
         kept += file.stat().st_size * job.how.reversible  # what it comes to is known when it is written; at most this
     check_room(out, kept, "the merged model")
@@ -183,7 +162,7 @@ def _write(job: _Job, adapter: Path, out: Path, template: Template, dtype: Store
     weight_map: dict[str, str] = {}
     onto = "16-bit" if job.how.onto_quantised is None else "nf4"
     with atomic_folder(out) as folder:
-        for file, header in job.headers.items():
+        for file, header in job.factors.headers.items():
             slots = _merge_file(job, file, header, folder / file.name, DTYPES[dtype][0])
             total_tensors += len(slots)
             total_bytes += sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots.values())
@@ -197,50 +176,7 @@ def _write(job: _Job, adapter: Path, out: Path, template: Template, dtype: Store
         note_merge(folder, job.base, adapter, onto)
         if card:
             write_text(folder / "README.md", card)
-    return Merged(out, dtype, total_tensors, len(job.updates), len(job.headers), onto=onto)
-
-
-def _read_adapter(folder: Path) -> tuple[dict[str, _Update], LoRASpec]:
-    """(weight name in the base -> its two factors, what the adapter says of itself)."""
-    spec, _ = read_adapter_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ExportError(f"{folder} has no {WEIGHTS}", "train again, or give the folder of a whole adapter")
-    try:
-        check_safetensors(path)
-        stored = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
-    except (SafetensorError, FileError, OSError) as error:
-        raise ExportError(f"{path} cannot be read: {error}", "train again, or save the adapter again") from error
-    owners = {name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in stored}
-    whole = {owner for owner in owners if owner + A_SUFFIX in stored and owner + B_SUFFIX in stored}
-    if stray := sorted(name for name in stored if name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) not in whole):
-        raise ExportError(f"{path} holds tensors that are no pair of LoRA factors:\n" + _listed(stray),
-                          "save the adapter again; only plain LoRA can be merged")  # fmt: skip
-    updates = {f"{owner}.weight": _Update(stored[owner + A_SUFFIX], stored[owner + B_SUFFIX]) for owner in whole}
-    return updates, spec
-
-
-def _listed(lines: list[str]) -> str:
-    shown = lines[:_SHOWN] + [f"and {len(lines) - _SHOWN:,} more"] * (len(lines) > _SHOWN)
-    return "\n".join(f"  {line}" for line in shown)
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[Header]:
-    """Around the reading of one of the base's weight files, with its header: ExportError where it is not whole."""
-    try:
-        yield check_safetensors(file)
-    except (SafetensorError, FileError, OSError) as error:
-        remedy = "fetch the base again: the file is damaged, or its download was not completed"
-        raise ExportError(f"{file} cannot be read: {error}", remedy) from error
-
-
-def _headers(files: tuple[Path, ...]) -> dict[Path, Header]:
-    found: dict[Path, Header] = {}
-    for file in files:
-        with _readable(file) as header:
-            found[file] = header
-    return found
+    return Merged(out, dtype, total_tensors, len(job.factors.pairs), len(job.factors.headers), onto=onto)
 
 
 def _own_dtype(headers: Mapping[Path, Header]) -> StoredDtype:
@@ -250,43 +186,12 @@ def _own_dtype(headers: Mapping[Path, Header]) -> StoredDtype:
     return "fp16" if half > brain else "bf16"
 
 
-def _check(
-    base: Path, adapter: Path, headers: Mapping[Path, Header], updates: Mapping[str, _Update], spec: LoRASpec
-) -> None:
-    """That base and adapter belong together, by shapes and by what the adapter says of its base's files."""
-    shapes = {name: stored.shape for header in headers.values() for name, stored in header.tensors.items()}
-    problems = [f"{name}: the base has no such weight" for name in sorted(updates) if name not in shapes]
-    for name, update in sorted(updates.items()):
-        made = (*update.B.shape[:1], *update.A.shape[1:])  # of tensors with one dimension too
-        if name in shapes and (shapes[name] != made or update.A.shape[:1] != update.B.shape[1:]):
-            problems.append(f"{name}: {shapes[name]} in the base, {made} in the adapter")
-        elif name in shapes and update.A.shape[0] != spec.rank:
-            problems.append(f"{name}: rank {update.A.shape[0]} in its tensors, {spec.rank} in adapter_config.json")
-    if another := other_base(adapter, base):
-        problems.append(f"the files: {another}")
-    if problems:
-        raise ExportError(
-            f"the adapter does not fit the base in {base}, {len(problems)} problem(s):\n" + _listed(problems),
-            "give the base that the adapter was trained on (adapter_config.json names it)",
-        )
-
-
-def _check_missing(adapter: Path, updates: Mapping[str, _Update], empty: Decoder, spec: LoRASpec) -> None:
-    owners = sorted({name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in lora_shapes(empty, spec)})
-    if missing := [f"{name}: adapted by adapter_config.json" for name in owners if f"{name}.weight" not in updates]:
-        raise ExportError(
-            f"{adapter / WEIGHTS} lacks {len(missing)} of the {len(owners)} pairs that adapter_config.json says it "
-            "has:\n" + _listed(missing),
-            "save the adapter again: a part of it was lost",
-        )
-
-
 def _merge_file(job: _Job, file: Path, header: Header, out: Path, dtype: torch.dtype) -> dict[str, Slot]:
     """Write one of the base's weight files merged; what it holds."""
     slots = {name: Slot(dtype, stored.shape) for name, stored in job.written(header).items()}
 
     def make(name: str) -> Tensor:
-        with _readable(file), safe_open(file, framework="pt") as shard:
+        with readable(file), safe_open(file, framework="pt") as shard:
             return _merged(job, name, shard.get_tensor(name), dtype)
 
     write_streamed(out, slots, make, dict(header.metadata) | {"format": "pt"})
@@ -299,9 +204,9 @@ def _merged(job: _Job, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
         from luthier.model.quantize import round_to_nf4  # bitsandbytes takes a second to import
 
         stored = round_to_nf4(stored.to(DTYPES[rounds][0]))
-    update = job.updates.get(name)
-    if update is not None:
-        return _rounded(name, merge_delta(update.A, update.B, job.scaling).add_(stored), dtype)
+    pair = job.factors.pairs.get(name.removesuffix(".weight"))
+    if pair is not None:
+        return _rounded(name, merge_delta(pair.A, pair.B, job.factors.spec.scaling).add_(stored), dtype)
     return _rounded(name, stored, dtype)
 
 

@@ -20,11 +20,10 @@ from torch import Tensor
 from luthier.data.render import Template
 from luthier.data.tokenizer import load_tokenizer
 from luthier.export.affine import Bits
-from luthier.export.factors import place_of, read_factors
+from luthier.export.factors import Factors, read_factors
 from luthier.export.mlx import mlx_settings, write_mlx_files
 from luthier.guard.documents import read_object
 from luthier.model.config import ModelConfig, read_config
-from luthier.model.lora import LoRASpec
 from luthier.model.tensor_file import write_tensors
 from luthier.runs import atomic_folder, write_json
 
@@ -57,10 +56,10 @@ def write_mlx_adapter(base: Path, adapter: Path, out: Path, template: Template, 
     """
     config = read_config(base)
     mlx_settings(config)
-    factors = read_factors(adapter, config)
+    factors = read_factors(adapter, base)
     tensors: dict[str, Tensor] = {}
     for stem, pair in factors.pairs.items():
-        tensors |= {f"{stem}.lora_a": pair.A.T.contiguous(), f"{stem}.lora_b": pair.B.T.contiguous()}
+        tensors |= {f"{stem}.lora_a": pair.A.float().T.contiguous(), f"{stem}.lora_b": pair.B.float().T.contiguous()}
     reasons = _misread(base, config, template)
     notes: tuple[str, ...] = ()
     with atomic_folder(out) as beside:
@@ -70,20 +69,21 @@ def write_mlx_adapter(base: Path, adapter: Path, out: Path, template: Template, 
         if reasons:
             notes += (f"{BASE}/ is the base to use with it: mlx-lm reads {base} otherwise ({'; '.join(reasons)})",)
         where = out / BASE if (beside / BASE).is_dir() else base
-        write_json(beside / "adapter_config.json", _config(config, factors.spec, str(where)))
+        write_json(beside / "adapter_config.json", _config(config, factors, str(where)))
     return MLXAdapter(out, where, len(tensors), notes)
 
 
-def _config(config: ModelConfig, spec: LoRASpec, model: str) -> dict[str, object]:
+def _config(config: ModelConfig, factors: Factors, model: str) -> dict[str, object]:
     return {
         "fine_tune_type": "lora",
         "model": model,
         "num_layers": config.layers,
         "lora_parameters": {
-            "rank": spec.rank,
-            "scale": spec.scaling,
-            "dropout": spec.dropout,
-            "keys": [place_of(target) for target in spec.targets],
+            "rank": factors.spec.rank,
+            "scale": factors.spec.scaling,
+            "dropout": factors.spec.dropout,
+            # model.layers.0.self_attn.q_proj -> self_attn.q_proj
+            "keys": list(dict.fromkeys(stem.split(".", 3)[3] for stem in factors.pairs)),
         },
     }
 
