@@ -330,7 +330,9 @@ def _say(kind: str, one: Verified) -> None:
             console.say(f"  [bold]try:[/] {escape(one.install)}, then luthier export RUN --verify")
         return
     agreed = 0.0 if one.argmax_agreement is None else one.argmax_agreement
-    asked = "" if one.threshold is None else f" ({one.threshold:.1%} is asked)"
+    asked = ""
+    if one.threshold is not None and one.argmax_agreement_decided is not None:
+        asked = f" ({one.argmax_agreement_decided:.2%} without near-ties; {one.threshold:.1%} is asked)"
     ids = "the same" if one.tokens_identical else "other"
     said = (
         f"{ids} token ids in {one.texts} texts, the same next token at {agreed:.2%} of {one.tokens:,} places{asked}, "

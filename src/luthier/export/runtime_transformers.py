@@ -35,8 +35,10 @@ class TransformersRuntime:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.weights = stored_as(folder)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[precision], local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=_DTYPES[precision], local_files_only=True, trust_remote_code=False
+        )
         self._model = model.eval()
         stops = self._model.generation_config.eos_token_id
         self._stops = frozenset([stops] if isinstance(stops, int) else stops or ())

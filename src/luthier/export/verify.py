@@ -10,16 +10,16 @@ Each link is checked by itself: what is merged against base and adapter, every o
     continuations   greedy, by the runtime's own cache and stop tokens
     loss            of the held-out answers, by both
 
-Ids must be equal, all of them. How many next tokens must be is set by the type of the weights (`THRESHOLDS`): rounding
-turns near-ties. A continuation may part from the reference where that is nearly undecided itself (`UNDECIDED`), for all
-that comes after is another text then; where it is not, the export fails.
+Ids must be equal, all of them. How many next tokens must be is set by the type of the weights (`THRESHOLDS`); rounding
+turns near-ties (`NEAR`), which say nothing of an export and are not counted against it. A continuation may part from
+the reference where that is nearly undecided itself (`UNDECIDED`), for all that comes after is another text then; where
+it is not, the export fails.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -39,8 +39,11 @@ from luthier.model.decoder import Decoder
 __all__ = ["THRESHOLDS", "Asked", "Difference", "Reference", "Row", "Verified", "missing", "refer", "verify_model"]
 
 THRESHOLDS: Mapping[str, float] = {"F32": 0.995, "F16": 0.995, "BF16": 0.995, "Q8_0": 0.98, "8-bit": 0.98}
-"""Type of the weights -> the least share of places with the same likeliest token; of few places, to a whole one. Other
-types have none: what their rounding costs is what they are chosen for, and is told."""
+"""Type of the weights -> the least share of places with the same likeliest token, or a near-tie; of few places, to a
+whole one. Other types have none: what their rounding costs is what they are chosen for, and is told."""
+
+NEAR: Mapping[str, float] = {"F32": 0.05, "F16": 0.05, "BF16": 0.1, "Q8_0": 0.2, "8-bit": 0.2}
+"""Type -> by how much (nats) the reference may prefer its own token of a near-tie: what rounding moves."""
 
 UNDECIDED: Mapping[str, float] = {"F32": 0.5, "F16": 0.5, "BF16": 0.5, "Q8_0": 1.0, "8-bit": 1.0}
 """Type -> by how much (nats) the reference may prefer its own token where a continuation goes another way."""
@@ -151,6 +154,7 @@ class Verified:
     tokens_identical: bool | None = None
     tokens: int = 0
     argmax_agreement: float | None = None
+    argmax_agreement_decided: float | None = None  # near-ties counted as the same
     threshold: float | None = None
     continuations: int = 0
     continuations_identical: int = 0
@@ -162,7 +166,6 @@ class Verified:
     reason: str = ""
     install: str = ""
     modelfile: ModelfileChecked | None = None
-    seconds: float = 0.0
 
 
 def missing(kind: RuntimeKind) -> Verified | None:
@@ -201,7 +204,6 @@ def verify_model(
     kind: RuntimeKind, model: Path, asked: Asked, reference: Reference, precision: Precision = "fp32"
 ) -> Verified:
     """Hold the exported `model` (what `kind` opens) against the reference. Raises what opening it does."""
-    began = time.monotonic()
     runtime = kind.open(model, asked.context, precision)
     try:
         found = _Comparing(runtime, asked, reference)
@@ -214,7 +216,7 @@ def verify_model(
     threshold = THRESHOLDS.get(runtime.weights)
     if threshold is not None and precision == "bf16":
         threshold = min(threshold, BF16_THRESHOLD)
-    failures = found.failures(agreement, threshold)
+    failures = found.failures(threshold)
     loss, expected = found.losses
     return Verified(
         file=model.name,
@@ -228,6 +230,7 @@ def verify_model(
         tokens_identical=not found.other_ids,
         tokens=found.tokens,
         argmax_agreement=agreement,
+        argmax_agreement_decided=found.decided,
         threshold=threshold,
         continuations=len(reference.continued),
         continuations_identical=len(reference.continued) - len(found.parted),
@@ -236,7 +239,6 @@ def verify_model(
         loss_increase=None if loss is None or expected is None else loss - expected,
         first_difference=found.first(failures),
         failures=failures,
-        seconds=round(time.monotonic() - began, 2),
     )
 
 
@@ -332,12 +334,24 @@ class _Comparing:
             named = self._named(drawn[at]), self._named(found[at])
             self.parted.append(Difference("the continuation", number, at, *named, gap))
 
-    def failures(self, agreement: float, threshold: float | None) -> tuple[str, ...]:
+    @property
+    def clear(self) -> int:
+        """The places with another next token that are no near-tie."""
+        near = NEAR.get(self.runtime.weights, 0.0)
+        return sum(one.gap is not None and one.gap > near for one in self.other_tokens)
+
+    @property
+    def decided(self) -> float:
+        """The share of places with the same next token, or a near-tie."""
+        return 1.0 - self.clear / self.tokens if self.tokens else math.nan
+
+    def failures(self, threshold: float | None) -> tuple[str, ...]:
         """Why the export is not the model, in words; empty where it is."""
         failed = [f"{one}" for one in (*self.other_ids[:1], *self.other_stops[:1])]
-        if threshold is not None and len(self.other_tokens) > math.ceil((1.0 - threshold) * self.tokens):
+        if threshold is not None and self.clear > math.ceil((1.0 - threshold) * self.tokens):
             failed.append(
-                f"the likeliest next token is the same at {agreement:.2%} of places, {threshold:.1%} is asked"
+                f"the likeliest next token is the same, or a near-tie, at {self.decided:.2%} of places, "
+                f"{threshold:.1%} is asked"
             )
         undecided = UNDECIDED.get(self.runtime.weights)
         clear = [one for one in self.parted if undecided is not None and one.gap is not None and one.gap > undecided]

@@ -118,14 +118,16 @@ class Engine:
         if self.idle:
             return []
         training = self.decoder.training
-        self.decoder.eval()  # LoRA's dropout is for training
+        if training:  # to walk through all modules takes a tenth of a step
+            self.decoder.eval()  # LoRA's dropout is for training
         try:
             self._admit()
             writing = [slot for slot in self._running if not slot.reading]
             events = self._write(writing)
             events += self._read([slot for slot in self._running if slot.reading])
         finally:
-            self.decoder.train(training)
+            if training:
+                self.decoder.train()
         ended = {event.request for event in events if event.finish is not None}
         self._running = [slot for slot in self._running if slot.number not in ended]
         return events

@@ -12,7 +12,8 @@
 
 #include <omp.h>
 
-#define ROWS 4     /* rows, and outputs, of one tile of sums: 16 sums, 4 weights and a row's numbers in registers */
+#define ROWS 8     /* rows that the weights are read for at a time */
+#define SUMS 16    /* of one tile, in registers: 1 row x 8 outputs (the rest idle), 4 x 4, or 8 x 2 */
 #define CHUNK 16   /* outputs that a thread takes at a time */
 #define PIECES 3   /* matrices with the same input that are taken together */
 
@@ -36,14 +37,26 @@ typedef struct { const void *weight, *bias, *onto; void *y; long outputs; double
    to see by itself where the reading goes. */
 INLINE long tiles_ahead(long tile, long bytes) { return (8192 / (tile * bytes) + 1) * tile; }
 
+/* to[k] = the sum across sums[k]. Not inlined: where sums may be reordered, a copy in each caller could add in an order of
+   its own, and a row's numbers would depend on how many rows stand beside it. */
 #if defined(__AVX512F__)
-INLINE float sum_of(const v16 *x) { return _mm512_reduce_add_ps((__m512)*x); }
+__attribute__((noinline, noclone)) static void sums_across(const v16 *sums, float *to) {
+    __m256 half[8];
+    for (int k = 0; k < 8; k++) {
+        __m512 whole = (__m512)sums[k];
+        half[k] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+    }
+    __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+}
 #else
-/* Not inlined: where sums may be reordered, a copy in each caller could add in an order of its own. */
-__attribute__((noinline, noclone)) static float sum_of(const v16 *x) {
-    float a[8];
-    for (int i = 0; i < 8; i++) a[i] = (*x)[i] + (*x)[i + 8];
-    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+__attribute__((noinline, noclone)) static void sums_across(const v16 *sums, float *to) {
+    for (int k = 0; k < 8; k++) {
+        float a[8];
+        for (int i = 0; i < 8; i++) a[i] = sums[k][i] + sums[k][i + 8];
+        to[k] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+    }
 }
 #endif
 
@@ -61,90 +74,90 @@ INLINE void NAME(load)(const element *x, v16 *to) {
 }
 
 /* to[r][o] = row r of x times row o of w: constants for rows and outputs keep the sums in registers. */
-INLINE void NAME(dots)(const int rows, const int outputs, long I, const element *x, const element *w, float to[ROWS][2 * ROWS]) {
-    v16 sum[ROWS][2 * ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int o = 0; o < outputs; o++) sum[r][o] = (v16){0};
+INLINE void NAME(dots)(const int rows, const int outputs, long I, const element *const *x, const element *const *w, float *to) {
+    v16 sum[SUMS] = {{0}};
     long i = 0, ahead = tiles_ahead(outputs * I, sizeof(element));
 #if PAIRED
     for (; i < I; i += 32) {
         __mmask32 inside = I - i >= 32 ? 0xffffffffu : (1u << (I - i)) - 1u;
-        __m512bh weights[2 * ROWS];
-#pragma GCC unroll 8
+        __m512bh weights[SUMS];
+#pragma GCC unroll 16
         for (int o = 0; o < outputs; o++) {
-            weights[o] = (__m512bh)_mm512_maskz_loadu_epi16(inside, w + o * I + i);
-            __builtin_prefetch(w + o * I + i + ahead);
+            weights[o] = (__m512bh)_mm512_maskz_loadu_epi16(inside, w[o] + i);
+            __builtin_prefetch(w[o] + i + ahead);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(inside, x + r * I + i);
-#pragma GCC unroll 8
-            for (int o = 0; o < outputs; o++) sum[r][o] = (v16)_mm512_dpbf16_ps((__m512)sum[r][o], row, weights[o]);
+            __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(inside, x[r] + i);
+#pragma GCC unroll 16
+            for (int o = 0; o < outputs; o++)
+                sum[r * outputs + o] = (v16)_mm512_dpbf16_ps((__m512)sum[r * outputs + o], row, weights[o]);
         }
     }
 #else
     for (; i + 16 <= I; i += 16) {
-        v16 weights[2 * ROWS];
-#pragma GCC unroll 8
+        v16 weights[SUMS];
+#pragma GCC unroll 16
         for (int o = 0; o < outputs; o++) {
-            NAME(load)(w + o * I + i, &weights[o]);
-            __builtin_prefetch(w + o * I + i + ahead);
+            NAME(load)(w[o] + i, &weights[o]);
+            __builtin_prefetch(w[o] + i + ahead);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             v16 row;
-            NAME(load)(x + r * I + i, &row);
-#pragma GCC unroll 8
-            for (int o = 0; o < outputs; o++) sum[r][o] += row * weights[o];
+            NAME(load)(x[r] + i, &row);
+#pragma GCC unroll 16
+            for (int o = 0; o < outputs; o++) sum[r * outputs + o] += row * weights[o];
         }
     }
     if (i < I) { /* the last ones as a whole vector, filled up with zeros */
         size_t rest = (size_t)(I - i) * sizeof(element);
         element some[16] = {0};
-        v16 weights[2 * ROWS];
-        for (int o = 0; o < outputs; o++) memcpy(some, w + o * I + i, rest), NAME(load)(some, &weights[o]);
+        v16 weights[SUMS];
+        for (int o = 0; o < outputs; o++) memcpy(some, w[o] + i, rest), NAME(load)(some, &weights[o]);
         for (int r = 0; r < rows; r++) {
-            memcpy(some, x + r * I + i, rest);
+            memcpy(some, x[r] + i, rest);
             v16 row;
             NAME(load)(some, &row);
-            for (int o = 0; o < outputs; o++) sum[r][o] += row * weights[o];
+            for (int o = 0; o < outputs; o++) sum[r * outputs + o] += row * weights[o];
         }
     }
 #endif
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int o = 0; o < outputs; o++) to[r][o] = sum_of(&sum[r][o]);
+    v16 whole[SUMS]; /* whose address is taken; `sum` stays in registers */
+#pragma GCC unroll 16
+    for (int k = 0; k < rows * outputs; k++) whole[k] = sum[k];
+    for (int k = 0; k < rows * outputs; k += 8) sums_across(whole + k, to + k);
 }
 
-/* Rows r.. (at most ROWS) and outputs from.. (at most 2 ROWS for one row, else ROWS) of one piece. */
-static void NAME(some_outputs)(const Piece *piece, const element *x, long I, long r, long rows, long from, long outputs) {
-    float sums[ROWS][2 * ROWS];
+/* `rows` (at most ROWS) from r on, `count` outputs (at most CHUNK) from `from` on, of one piece. A tile that would reach
+   beyond the last row or output takes that one again. */
+static void NAME(some_outputs)(const Piece *piece, const element *x, long I, long r, long rows, long from, long count) {
+    float sums[ROWS][CHUNK];
     const element *w = (const element *)piece->weight + from * I, *bias = piece->bias, *onto = piece->onto;
-    element *y = piece->y;
-    x += r * I;
-    if (outputs == 2 * ROWS) NAME(dots)(1, 2 * ROWS, I, x, w, sums);
-    else if (outputs == ROWS && rows == 4) NAME(dots)(4, ROWS, I, x, w, sums);
-    else if (outputs == ROWS && rows == 3) NAME(dots)(3, ROWS, I, x, w, sums);
-    else if (outputs == ROWS && rows == 2) NAME(dots)(2, ROWS, I, x, w, sums);
-    else if (outputs == ROWS) NAME(dots)(1, ROWS, I, x, w, sums);
-    else
-        for (long o = 0; o < outputs; o++)
-            for (long row = 0; row < rows; row++) {
-                float one[ROWS][2 * ROWS];
-                NAME(dots)(1, 1, I, x + row * I, w + o * I, one);
-                sums[row][o] = one[0][0];
-            }
-    for (long row = 0; row < rows; row++)
-        for (long o = 0; o < outputs; o++) {
-            long at = (r + row) * piece->outputs + from + o;
-            float sum = sums[row][o] * (float)piece->scaling;
-            if (bias) sum += NAME(widen)(bias[from + o]);
-            if (onto) sum = NAME(widen)(NAME(narrow)(sum)) + NAME(widen)(onto[at]); /* rounded as the reference is */
-            y[at] = NAME(narrow)(sum);
-        }
+    const element *x_rows[ROWS], *w_rows[8];
+    long high = rows == 1 ? 1 : rows <= 4 ? 4 : 8, wide = high == 1 ? 8 : SUMS / high;
+    for (long row = 0; row < high; row++) x_rows[row] = x + (r + least(row, rows - 1)) * I;
+    for (long o = 0; o < count; o += wide) {
+        float tile[SUMS];
+        for (long k = 0; k < wide; k++) w_rows[k] = w + least(o + k, count - 1) * I;
+        if (high == 1) NAME(dots)(1, 8, I, x_rows, w_rows, tile);
+        else if (high == 4) NAME(dots)(4, 4, I, x_rows, w_rows, tile);
+        else NAME(dots)(8, 2, I, x_rows, w_rows, tile);
+        for (long row = 0; row < high; row++)
+            for (long k = 0; k < wide; k++) sums[row][o + k] = tile[row * wide + k];
+    }
+    float scaling = (float)piece->scaling;
+    for (long row = 0; row < rows; row++) {
+        float *line = sums[row];
+        long at = (r + row) * piece->outputs + from;
+        element *y = (element *)piece->y + at;
+        for (long o = 0; o < count; o++) line[o] *= scaling;
+        if (bias)
+            for (long o = 0; o < count; o++) line[o] += NAME(widen)(bias[from + o]);
+        if (onto)
+            for (long o = 0; o < count; o++) line[o] = NAME(widen)(NAME(narrow)(line[o])) + NAME(widen)(onto[at + o]); /* as the reference is rounded */
+        for (long o = 0; o < count; o++) y[o] = NAME(narrow)(line[o]);
+    }
 }
 
 /* All pieces, x (R, I) being the input of each. */
@@ -159,13 +172,8 @@ static void NAME(products)(const Piece *pieces, int count, const element *x, lon
         long number = chunk;
         const Piece *piece = pieces;
         while (number >= chunks[piece - pieces]) number -= chunks[piece - pieces], piece++;
-        long from = number * CHUNK, end = least(from + CHUNK, piece->outputs);
-        if (R == 1) {
-            for (; from + 2 * ROWS <= end; from += 2 * ROWS) NAME(some_outputs)(piece, x, I, 0, 1, from, 2 * ROWS);
-        }
-        for (; from < end; from += ROWS)
-            for (long r = 0; r < R; r += ROWS)
-                NAME(some_outputs)(piece, x, I, r, least(ROWS, R - r), from, least(ROWS, end - from));
+        long from = number * CHUNK, outputs = least(CHUNK, piece->outputs - from);
+        for (long r = 0; r < R; r += ROWS) NAME(some_outputs)(piece, x, I, r, least(ROWS, R - r), from, outputs);
     }
 }
 
