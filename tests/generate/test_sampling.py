@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -60,6 +65,60 @@ def test_logits_are_those_of_transformers(spec: SamplingSpec, seed: int) -> None
     assert torch.equal(logits, before)
 
 
+LARGE = 128_256
+"""Llama 3's vocabulary."""
+
+
+def by_sorting(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """transformers' top-p on one row, warped by nothing else."""
+    return TopPLogitsWarper(p)(torch.tensor([[0]]), logits[None].clone())[0]
+
+
+@st.composite
+def large_logits(draw: st.DrawFn) -> torch.Tensor:
+    """Flat and peaked, with equal values, and with many that are ruled out already."""
+    size = draw(st.sampled_from([1025, 5000, 20_000]))
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
+    logits = logits * draw(st.sampled_from([0.0, 0.01, 1.0, 3.0, 6.0, 30.0])) + draw(
+        st.sampled_from([0.0, -300.0, 88.0])
+    )
+    step = draw(st.sampled_from([0.0, 0.5, 4.0]))
+    if step:
+        logits = (logits / step).round() * step  # as 16-bit logits have them, only more so
+    for place in draw(st.lists(st.integers(0, size - 1), max_size=4)):
+        logits[place] = draw(st.sampled_from([20.0, 40.0, 1e4]))
+    if draw(st.booleans()):
+        logits[torch.topk(logits, draw(st.sampled_from([1, 40, 600]))).indices[-1] :] = -math.inf
+    return logits
+
+
+@hypothesis.settings(deadline=None)
+@given(
+    logits=large_logits(), p=st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1 - 1e-7]) | st.floats(0, 0.9999)
+)
+def test_top_p_of_a_large_vocabulary_is_that_of_the_sort(logits: torch.Tensor, p: float) -> None:
+    assert torch.equal(shape_logits(logits, (), SamplingSpec(temperature=1.0, top_p=p)), by_sorting(logits, p))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_top_p_at_its_very_edge(p: float) -> None:
+    """Shares that sum to p but for a rounding: there the sort alone knows, and it is asked."""
+    shares = torch.full((LARGE,), 1e-12)
+    shares[:20] = p / 20
+    shares[20:40] = (1 - p) / 20
+    for nudge in (0.0, 1e-9, -1e-9, 1e-7, -1e-7, 1e-5, -1e-5, 1e-3):
+        logits = shares.log()
+        logits[19] += nudge
+        assert torch.equal(shape_logits(logits, (), SamplingSpec(temperature=1.0, top_p=p)), by_sorting(logits, p))
+
+
+def test_a_peaked_vocabulary_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(LARGE, generator=torch.Generator().manual_seed(0)) * 6
+    wanted = by_sorting(logits, 0.9)
+    monkeypatch.setattr(torch, "sort", lambda *_, **__: pytest.fail("sorted"))
+    assert torch.equal(shape_logits(logits, (), SamplingSpec(temperature=1.0, top_p=0.9)), wanted)
+
+
 def test_ties_at_the_edge_of_top_k_stay_as_in_transformers() -> None:
     logits = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5])
     spec = SamplingSpec(temperature=1.0, top_k=2)
@@ -77,6 +136,20 @@ def test_draws_follow_the_distribution() -> None:
     assert (share - wanted).abs().max() < 0.032
     assert share[1] == 0
     assert share[3] == 0
+
+
+def test_only_what_is_left_is_drawn_to_the_last_place() -> None:
+    """The ends of the running sum, where nothing or all lies below."""
+    logits = torch.full((9,), -math.inf)
+    logits[4] = 1.0
+    spec = SamplingSpec(temperature=1.0)
+    assert {sample(logits, (), spec, make_generator(SamplingSpec(seed=i), torch.device("cpu"))) for i in range(50)} == {
+        4
+    }
+    logits[5] = -70.0  # a share of 1e-31 behind one of 1, which it does not change
+    assert {sample(logits, (), spec, make_generator(SamplingSpec(seed=i), torch.device("cpu"))) for i in range(50)} == {
+        4
+    }
 
 
 def test_the_seed_decides() -> None:

@@ -382,11 +382,16 @@ def chat(
     seed: Seed = 0,
     min_p: MinP = 0.0,
     stop: Stops = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model side by side, each turn.")] = False,
 ) -> None:
-    """Talk with the tuned model. /reset forgets, /quit ends, Ctrl-C stops an answer."""
+    """Talk with the tuned model. /help lists what else it does, Ctrl-C stops an answer."""
+    from luthier.cli import chat as conversation
     from luthier.cli import talk
     from luthier.generate.sampling import SamplingSpec
 
     spec = SamplingSpec(temperature, top_p, top_k, repetition_penalty, seed, min_p)
     limits = talk.Limits(spec, max_tokens, tuple(stop or ()))
-    talk.converse(talk.open_target(run, base_only=base), system, limits)
+    if base and compare:
+        raise UsageError("--base and --compare do not go together", "--compare shows the base's answers too")
+    voice = talk.open_target(run, base_only=base, adapted=compare)
+    conversation.converse(voice, system, limits, compare=compare)

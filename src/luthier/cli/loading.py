@@ -66,8 +66,11 @@ def load_base(folder: Path, precision: str, device: str, quantize: Quantize) -> 
     return decoder
 
 
-def open_target(target: Path, *, base_only: bool) -> Voice:
-    """Load what `target` names; with `base_only` the model under the adapter."""
+def open_target(target: Path, *, base_only: bool, adapted: bool = False) -> Voice:
+    """Load what `target` names; with `base_only` the model under the adapter.
+
+    Raises UsageError where there is no such thing, or, for `base_only` and `adapted`, no adapter.
+    """
     from luthier.data.render import make_template
     from luthier.data.tokenizer import load_tokenizer
     from luthier.hardware.probe import this_device
@@ -75,8 +78,9 @@ def open_target(target: Path, *, base_only: bool) -> Voice:
     from luthier.model.locate import locate_model
 
     adapter = _adapter_of(target)
-    if adapter is None and base_only:
-        raise UsageError(f"{target} is a whole model: there is no base under it", "leave out --base")
+    if adapter is None and (base_only or adapted):
+        remedy = f"leave out {'--base' if base_only else '--compare'}"
+        raise UsageError(f"{target} is a whole model: there is no base under it", remedy)
     folder = locate_model(str(target) if adapter is None else _base_of(adapter))
     # What it was trained with lies beside the adapter; one that PEFT wrote has no tokenizer, and takes its base's.
     speaks = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder

@@ -1,4 +1,4 @@
-"""`luthier generate` and `luthier chat`: answers printed as they come."""
+"""`luthier generate`: answers printed as they come. What `luthier chat` has of it too: limits, requests, writing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from luthier.generate.sampling import SamplingSpec
 from luthier.generate.stopping import StopStrings
 from luthier.guard.secrets import visible
 
-__all__ = ["Limits", "answer_once", "converse", "open_target", "read_prompts"]
+__all__ = ["Limits", "answer_once", "open_target", "read_prompts", "request_of", "write"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def answer_once(voice: Voice, prompts: Sequence[str], system: str | None, limits
     for prompt, answer in zip(prompts, answers, strict=True):
         if not alone:
             console.say(f"\n[bold]{escape(visible(prompt))}[/]")
-            _write(answer.text + "\n")
+            write(answer.text + "\n")
         if not answer.ended:
             console.say(f"[dim](cut after {len(answer.ids)} tokens: --max-tokens raises the limit)[/]")
 
@@ -96,77 +96,34 @@ def _document(voice: Voice, prompt: str, answer: Completion) -> dict[str, object
     return document
 
 
-def converse(voice: Voice, system: str | None, limits: Limits) -> None:
-    """Talk until the user has had enough. Each answer sees the whole conversation before it."""
-    console.say(f"[bold]{escape(voice.name)}[/]  /reset forgets, /quit ends, Ctrl-C stops an answer")
-    turns = list(_system(system))
-    leaving = False
-    while True:
-        try:
-            said = input("\n> ").strip()
-        except EOFError:
-            console.say("")
-            return
-        except KeyboardInterrupt:
-            if leaving:
-                return
-            leaving = True
-            console.say("\n[dim](Ctrl-C again or /quit to leave)[/]")
-            continue
-        leaving = False
-        if said in ("/quit", "/exit"):
-            return
-        if said == "/reset":
-            turns = list(_system(system))
-            console.say("[dim]forgotten[/]")
-            continue
-        if said.startswith("/"):
-            unknown = "" if said == "/help" else f"; there is no {escape(said)}"
-            console.say(f"[dim]/reset forgets, /quit ends{unknown}[/]")
-            continue
-        if not said:
-            continue
-        before = len(turns)
-        turns.append(Turn("user", said))
-        try:
-            (answer,) = _answers(voice, [turns], limits, show=True)
-        except UsageError as error:  # the conversation has outgrown the model's context: it goes on without this turn
-            console.print_error(error)
-            del turns[before:]
-            continue
-        except KeyboardInterrupt:
-            console.say("[dim](stopped; this question is forgotten)[/]")
-            del turns[before:]
-            continue
-        turns.append(Turn("assistant", answer.text))
-
-
 def _system(text: str | None) -> tuple[Turn, ...]:
     return () if text is None else (Turn("system", text),)
 
 
-def _write(text: str) -> None:
+def write(text: str) -> None:
+    """Part of an answer, to standard output."""
     # A model may have learned escape sequences; into a file goes what it said, to the last character.
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
+def request_of(voice: Voice, turns: Sequence[Turn], limits: Limits) -> Request:
+    """What the engine is asked for the answer to `turns`. Raises DataError where the template refuses them."""
+    return Request(
+        tuple(voice.template.prompt_ids(turns)),
+        frozenset(voice.template.stop_ids),
+        limits.stops,
+        limits.max_tokens,
+        limits.sampling,
+        limits.logprobs,
+    )
+
+
 def _answers(voice: Voice, conversations: Sequence[list[Turn]], limits: Limits, *, show: bool) -> list[Completion]:
     """The answers; `show` writes their text as it comes."""
-    stop_ids = frozenset(voice.template.stop_ids)
-    requests = [
-        Request(
-            tuple(voice.template.prompt_ids(turns)),
-            stop_ids,
-            limits.stops,
-            limits.max_tokens,
-            limits.sampling,
-            limits.logprobs,
-        )
-        for turns in conversations
-    ]
-    on_text: Callable[[int, str], None] | None = (lambda _, piece: _write(piece)) if show else None
+    requests = [request_of(voice, turns, limits) for turns in conversations]
+    on_text: Callable[[int, str], None] | None = (lambda _, piece: write(piece)) if show else None
     answers = answer_all(voice.decoder, voice.template.tokenizer, requests, on_text=on_text)
     if show:
-        _write("\n")
+        write("\n")
     return answers

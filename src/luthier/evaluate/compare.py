@@ -7,8 +7,7 @@ Rows are those of the test split, or of the eval split where there is no test sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from luthier.data.conversation import Example
@@ -19,7 +18,7 @@ from luthier.evaluate.questions import check_tasks, held_out_rows, reference_of,
 from luthier.evaluate.tasks import Answered, TaskResult, run_task
 from luthier.generate.generate import complete
 from luthier.model.decoder import Decoder
-from luthier.model.lora import set_lora_enabled
+from luthier.model.lora import lora_enabled
 from luthier.recipe.schema import EvaluateRecipe
 from luthier.runs import SCHEMA_VERSION
 
@@ -62,16 +61,6 @@ def as_document(comparison: Comparison) -> dict[str, object]:
         "tasks": [asdict(task) for task in comparison.tasks],
         "samples": [asdict(sample) for sample in comparison.samples],
     }
-
-
-@contextmanager
-def _lora(decoder: Decoder, enabled: bool) -> Iterator[None]:
-    """The LoRA switched; on again afterwards, which is how it trains and is saved."""
-    set_lora_enabled(decoder, enabled)
-    try:
-        yield
-    finally:
-        set_lora_enabled(decoder, True)
 
 
 def _answers(
@@ -130,7 +119,7 @@ def compare(decoder: Decoder, dataset: Dataset, recipe: EvaluateRecipe, progress
     losses: list[HeldOut] = []
     answers: list[list[Answered]] = []
     for enabled in (False, True):
-        with _lora(decoder, enabled):
+        with lora_enabled(decoder, enabled):
             losses.append(held_out_loss(decoder, rows, between=_more(done)))
             answers.append(_answers(decoder, dataset.template, asked, recipe.max_new_tokens, done))
     base, tuned = answers

@@ -17,7 +17,7 @@ from luthier.generate.sampling import GREEDY, SamplingSpec
 from luthier.generate.stream import TextStream
 from luthier.model.decoder import Decoder
 
-__all__ = ["Completion", "Request", "TextStream", "answer_all", "complete", "generate"]
+__all__ = ["Answer", "Completion", "Request", "TextStream", "answer_all", "complete", "generate"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,20 @@ def generate(
             yield event.token
 
 
-class _Answer:
-    """What the events of one request come to."""
+class Answer:
+    """What the events of one request come to: `put` each as it comes, `made` whenever it is to be known."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._events: list[Event] = []
 
     def put(self, event: Event) -> None:
+        """Take the next event of the request."""
         self._events.append(event)
 
     def made(self) -> Completion:
-        finish = self._events[-1].finish or Finish("length", None)
+        """The answer so far; one that was left before its end has not ended by itself."""
+        finish = (self._events[-1].finish if self._events else None) or Finish("length", None)
         kept = [event for event in self._events if event.token not in self._request.stop_ids]
         return Completion(
             "".join(event.text for event in self._events),
@@ -93,7 +95,7 @@ def answer_all(
     """
     engine = Engine(decoder, lambda ids: tokenizer.decode(ids, skip_special=True), slots=slots)
     places = {engine.add(request): place for place, request in enumerate(requests)}
-    answers = [_Answer(request) for request in requests]
+    answers = [Answer(request) for request in requests]
     while not engine.idle:
         for event in engine.step():
             place = places[event.request]

@@ -36,6 +36,10 @@ PENALTIES = (1e-3, 1e3)
 """Repetition penalties whose logits stay within fp32 at every temperature."""
 
 
+LIKELIEST = 512
+"""Tokens among which top-p looks for its edge before it sorts a large vocabulary."""
+
+
 @dataclass(frozen=True)
 class SamplingSpec:
     """How tokens are drawn. Raises UsageError for values that mean nothing.
@@ -101,11 +105,44 @@ def _top_k(logits_V: Tensor, k: int) -> Tensor:
 
 
 def _top_p(logits_V: Tensor, p: float) -> Tensor:
+    if logits_V.numel() > 2 * LIKELIEST and logits_V.device.type == "cpu":
+        least = _least_of_top_p(logits_V, p)
+        if least is not None:
+            return torch.where(logits_V < least, -math.inf, logits_V)
     # From the least likely upwards: what lies in the lower 1-p of the mass goes, so the token that crosses p stays.
     rising, order = torch.sort(logits_V)
     below = rising.softmax(-1).cumsum(-1) <= 1 - p
     below[-1] = False  # the likeliest token stays whatever p is
     return logits_V.masked_fill(torch.zeros_like(below).scatter(0, order, below), -math.inf)
+
+
+def _least_of_top_p(logits_V: Tensor, p: float) -> float | None:
+    """The least logit that top-p keeps, from the likeliest tokens alone; None where it takes the sort to be sure.
+
+    A token goes where the mass of those up to it from below, its own included, is at most 1 - p. The sort's numbers are
+    fp32, summed from the least likely upwards (on a CPU the running sum in fp64); those here are fp64. Where the two
+    nearest masses, the last kept and the first gone, are farther from 1 - p than the two ways of rounding can differ,
+    both ways decide alike. Relative to a mass M they differ by no more than
+
+        LIKELIEST u + V u (mass of the others) + 2 E + the last roundings      u = 2^-24
+
+    the first two of softmax's own sum (a sum of n positive terms errs by at most u times the sum of its partial sums),
+    E of torch's exp, which may be off by 20 units in the last place (2^-23) within softmax.
+    """
+    best = torch.topk(logits_V, LIKELIEST).values
+    likely = (best - best[0]).exp().double()
+    whole = float((logits_V - best[0]).exp().sum(dtype=torch.float64))
+    others = max(0.0, whole - float(likely.sum()))
+    # mass[i]: of token i and all that are less likely.
+    mass = (likely.flip(0).cumsum(0).flip(0) + others) / whole
+    kept = int((mass > 1 - p).sum())
+    if not 0 < kept < LIKELIEST:
+        return None
+    unit = 2.0**-24
+    apart = 2 * (LIKELIEST * unit + logits_V.numel() * unit * others / whole + 2 * 40 * unit + 8 * unit)
+    sure = float(mass[kept - 1]) * (1 - apart) > 1 - p > float(mass[kept]) * (1 + apart)
+    # Of equals the sort puts any first: which of them go, it alone says.
+    return float(best[kept - 1]) if sure and bool(best[kept - 1] > best[kept]) else None
 
 
 def _min_p(logits_V: Tensor, p: float) -> Tensor:
@@ -137,4 +174,12 @@ def sample(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec, generat
     shaped_V = shape_logits(logits_V, history, spec)
     if spec.greedy:
         return int(shaped_V.argmax())
-    return int(torch.multinomial(shaped_V.softmax(-1), 1, generator=generator))
+    probabilities_V = shaped_V.softmax(-1)
+    if probabilities_V.device.type != "cpu":
+        return int(torch.multinomial(probabilities_V, 1, generator=generator))
+    # One number in place of multinomial's V: the token in whose share of the running sum it falls. Shares of 0 are
+    # never hit, for it lies below the sum of all, and "right" passes over tokens that add nothing.
+    upto_V = probabilities_V.cumsum(-1, dtype=torch.float64)
+    total = float(upto_V[-1])
+    at = min(float(torch.rand((), dtype=torch.float64, generator=generator)) * total, math.nextafter(total, 0.0))
+    return int(torch.searchsorted(upto_V, at, right=True))

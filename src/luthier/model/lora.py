@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,7 @@ __all__ = [
     "LoRA",
     "LoRASpec",
     "add_lora",
+    "lora_enabled",
     "lora_parameters",
     "lora_shapes",
     "merge_delta",
@@ -123,6 +125,16 @@ def set_lora_enabled(decoder: Decoder, enabled: bool) -> None:
     for _, projection in projections(decoder):
         if projection.adapter is not None:
             projection.adapter.enabled = enabled
+
+
+@contextmanager
+def lora_enabled(decoder: Decoder, enabled: bool) -> Iterator[None]:
+    """Every LoRA on or off in the block; on again afterwards, which is how it trains and is saved."""
+    set_lora_enabled(decoder, enabled)
+    try:
+        yield
+    finally:
+        set_lora_enabled(decoder, True)
 
 
 def merge_delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:

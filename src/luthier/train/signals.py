@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
@@ -47,13 +47,15 @@ def leave_terminal(numbers: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handler` called for STOPPING while the block runs, but for SIGHUP where it is ignored; then as before.
+def handling(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals] = STOPPING
+) -> Iterator[None]:
+    """Have `handler` called for `numbers` while the block runs, but for SIGHUP where it is ignored; then as before.
 
     Off the main thread Python allows no handlers: there it does nothing.
     """
     on_main = threading.current_thread() is threading.main_thread()
-    before = [(number, signal.getsignal(number)) for number in STOPPING] if on_main else []
+    before = [(number, signal.getsignal(number)) for number in numbers] if on_main else []
     taken = [(number, former) for number, former in before if number != signal.SIGHUP or former != signal.SIG_IGN]
     try:
         for number, _ in taken:
