@@ -20,6 +20,7 @@ EXEMPT: dict[str, str] = {
     "src/luthier/cli/commands.py:export": _COMMAND,
     "src/luthier/cli/commands.py:generate": _COMMAND,
     "src/luthier/cli/commands.py:chat": _COMMAND,
+    "src/luthier/cli/serve_command.py:serve": _COMMAND,
     "src/luthier/cli/data_commands.py:show": _COMMAND,
     "src/luthier/train/loop.py:train": "the stage's one door: what to train, where to, who is told, what lies beside",
 }

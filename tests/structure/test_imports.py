@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "generate": {"data", "model", "model.config", "kernels"},
     "evaluate": {"data", "model", "model.config", "kernels", "generate", "recipe", "evaluate.loss"},
     "evaluate.loss": {"data", "model", "model.config", "kernels"},
+    "serve": {"data", "model", "model.config", "generate"},
     # An export is verified by what it says (generate) and by its loss (evaluate.loss); neither imports export.
     "export": {"data", "model", "model.config", "recipe", "generate", "evaluate.loss"},
     "__main__": {"cli"},
@@ -46,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "evaluate.loss",
         "export",
+        "serve",
         "kernels",
     },
 }

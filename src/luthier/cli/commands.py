@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from luthier.cli import console, data_commands
+from luthier.cli import console, data_commands, serve_command
 from luthier.cli.options import Json, Sets
 from luthier.errors import UsageError
 from luthier.runs import RunDirectory
@@ -62,7 +62,7 @@ def register(app: typer.Typer) -> None:
     for before in (demo, init, presets, doctor, plan):
         app.command()(before)
     app.add_typer(data_commands.app, name="data")
-    for function in (train, run, evaluate, verify, merge, export, generate, chat):
+    for function in (train, run, evaluate, verify, merge, export, generate, chat, serve_command.serve):
         app.command(name="eval" if function is evaluate else function.__name__)(function)
 
 

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from luthier.model.decoder import Decoder
     from luthier.plan.settings import Quantize
 
-__all__ = ["Voice", "load_base", "open_target", "unfinished"]
+__all__ = ["Voice", "load_base", "open_family", "open_target", "unfinished"]
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A model that answers, and the template it was trained with."""
+    """A model that answers, and the template it was trained with; `parent` names its base where that speaks too."""
 
     name: str
     decoder: Decoder
     template: Template
+    parent: str | None = None
 
 
 def unfinished(run: Path) -> UsageError:
@@ -82,8 +83,7 @@ def open_target(target: Path, *, base_only: bool, adapted: bool = False) -> Voic
         remedy = f"leave out {'--base' if base_only else '--compare'}"
         raise UsageError(f"{target} is a whole model: there is no base under it", remedy)
     folder = locate_model(str(target) if adapter is None else _base_of(adapter))
-    # What it was trained with lies beside the adapter; one that PEFT wrote has no tokenizer, and takes its base's.
-    speaks = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else folder
+    speaks = folder if adapter is None else _speaks(adapter, folder)
     with console.waiting(f"loading {target}"):
         template = make_template("model", load_tokenizer(speaks))
         device, held = this_device(), _settings(adapter)
@@ -92,6 +92,77 @@ def open_target(target: Path, *, base_only: bool, adapted: bool = False) -> Voic
         if adapter is not None and not base_only:
             load_adapter(decoder, adapter)
     return Voice(target.name, decoder, template)
+
+
+def open_family(target: Path, adapters: Mapping[str, Path], name: str | None) -> list[Voice]:
+    """What `target` names, its base where it is an adapter, and more adapters by name: over one copy of the weights.
+
+    `name` is the target's, in place of its folder's. Raises UsageError for an adapter of another base and for a name
+    that two have, before any weights are loaded.
+    """
+    from luthier.data.render import make_template
+    from luthier.data.tokenizer import load_tokenizer
+    from luthier.hardware.probe import this_device
+    from luthier.model.adapter import load_adapter
+    from luthier.model.locate import locate_model
+    from luthier.model.shared import share
+
+    own = _adapter_of(target)
+    base = str(target) if own is None else _base_of(own)
+    folder = locate_model(base)
+    below = name if own is None and name else Path(base.partition("@")[0]).name
+    found = {} if own is None else {name or target.resolve().name: own}
+    for called, path in adapters.items():
+        if called in found:
+            raise _same_name(called)
+        found[called] = _on_base(called, path, base, folder)
+    if below in found:
+        raise _same_name(below)
+    with console.waiting(f"loading {target}"):
+        device, held = this_device(), _settings(own)
+        precision = _precision(device, held)
+        decoder = load_base(folder, precision, device.kind, _quantize(held, device, precision))
+        voices: list[Voice] = []
+        for called, adapter in found.items():
+            adapted = share(decoder)
+            load_adapter(adapted, adapter)
+            template = make_template("model", load_tokenizer(_speaks(adapter, folder)))
+            voices.append(Voice(called, adapted.eval(), template, below))
+        # The base is spoken to as its adapter is, so that the two can be compared; it may have no template of its own.
+        template = make_template("model", load_tokenizer(folder if own is None else _speaks(own, folder)))
+        return [*voices, Voice(below, decoder, template)]
+
+
+def _on_base(called: str, path: Path, base: str, folder: Path) -> Path:
+    """The adapter that `path` holds. Raises UsageError where its base is not the one in `folder`."""
+    from luthier.model.locate import locate_model
+
+    found = _adapter_of(path)
+    if found is None:
+        raise UsageError(
+            f"--adapter {called}={path}: this is a whole model", "serve it by itself, on a port of its own"
+        )
+    belongs = _base_of(found)
+    # Another name is looked up only where that asks no hub, and fetches no second base.
+    near = Path(belongs).exists() or belongs.partition("@")[0] == base.partition("@")[0]
+    if belongs != base and not (near and locate_model(belongs) == folder):
+        raise UsageError(
+            f"--adapter {called}={path}: it belongs to {belongs}, and this server's base is {base}",
+            "serve it by itself, on a port of its own",
+        )
+    return found
+
+
+def _same_name(called: str) -> UsageError:
+    return UsageError(
+        f"two models would be called {called}", "--name NAME for the first, --adapter NAME=PATH for the others"
+    )
+
+
+def _speaks(adapter: Path, folder: Path) -> Path:
+    """Whose tokenizer and template an adapter has: those it was trained with lie beside it; one that PEFT wrote has
+    none, and takes its base's."""
+    return adapter if (adapter / "tokenizer_config.json").is_file() else folder
 
 
 def _base_of(adapter: Path) -> str:
