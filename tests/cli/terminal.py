@@ -58,6 +58,12 @@ class Terminal:
         """Press these keys."""
         os.write(self._master, text.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C at a prompt, as late as a person does: Python's `input` passes over a signal that comes between
+        its look for signals and its wait for a key, until the next key."""
+        time.sleep(0.5)
+        self.type(CTRL_C)
+
     def until(self, text: str, seconds: float = 180) -> str:
         """What is shown up to `text`, which comes within that time, from where the last `until` ended."""
         end = time.monotonic() + seconds

@@ -47,12 +47,12 @@ def test_a_conversation(luthier: Command, adapter: Path, tmp_path: Path) -> None
             assert tuned in STYLE.sub("", terminal.until(f"\n{PROMPT}")).replace("\r\n", "\n").splitlines()
         assert "saved as a row of it.jsonl" in ask(terminal, "/save it.jsonl")
         assert "is there already" in ask(terminal, "/save it.jsonl")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         assert "Ctrl-C again or /quit to leave" in terminal.until(f"\n{PROMPT}")
         assert tuned in ask(terminal, "/retry").splitlines()  # which makes the next Ctrl-C the first again
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         terminal.until(f"\n{PROMPT}")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         assert terminal.ended() == 0
 
 

@@ -74,7 +74,7 @@ def test_a_stream_is_the_same_text_in_whole_characters(running: Running, tiny_se
     assert [choice.finish_reason for choice in told] == [None] * (len(told) - 1) + [
         "stop" if wanted.ended else "length"
     ]
-    assert len(told) > 8  # it came in pieces
+    assert len(told) > 3  # it came in pieces: on a busy machine in few, for this model writes 60 tokens in milliseconds
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(wanted.ids)

@@ -344,7 +344,8 @@ def _say(kind: str, one: Verified) -> None:
     elif one.modelfile is not None and one.modelfile.identical:
         said += f"; the Modelfile's template writes {one.modelfile.conversations} conversations the same, in Go"
     word = "[green]verified[/]" if one.passed else "[bold red]not the model[/]"
-    console.say(f"{word} {escape(one.file)} ({one.weights}) in {escape(one.runtime)}: {escape(said)}")
+    file = "" if one.file == kind else f" {one.file}"
+    console.say(f"{word} {escape(kind + file)} ({one.weights}) in {escape(one.runtime)}: {escape(said)}")
 
 
 def _say_losses(losses: MergeLosses, run: RunDirectory) -> None:
