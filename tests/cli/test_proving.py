@@ -230,3 +230,40 @@ def _needs(program: str) -> None:
         raise RuntimeError(f"{program} is not installed, and in CI it must be")
     if not there:
         pytest.skip(f"{program} is not installed")
+
+
+@pytest.mark.llama_cpp
+def test_each_file_is_asked_and_what_was_found_belongs_to_the_file_that_is_there(run: Path, luthier: Command) -> None:
+    _needs("llama_cpp")
+    shutil.rmtree(run / "exports/gguf", ignore_errors=True)
+    for kind in ("f16", "q4_0"):
+        assert luthier("export", run, "--to", "gguf", "--quantize", kind).code == 0
+    small, document = run / "exports/gguf/model-q4_0.gguf", run / "exports/gguf/verify.json"
+    whole = small.read_bytes()
+    small.write_bytes(whole[: len(whole) // 2])
+    ended = luthier("export", run, "--verify", "--to", "gguf")
+    assert (ended.code, "cannot open it" in ended.message) == (6, True), ended.err
+    found = {one["file"]: one["passed"] for one in json.loads(document.read_text())["models"]}
+    assert found == {"model-f16.gguf": True, "model-q4_0.gguf": False}
+    # Another file that fails says nothing of the one that was asked.
+    again = luthier("export", run, "--to", "gguf", "--quantize", "f16", "--json")
+    assert (again.code, json.loads(again.out)["verified"]) == (0, True)
+    # A file that is written anew without being asked has no result any more.
+    assert luthier("export", run, "--to", "gguf", "--quantize", "f16", "--no-verify").code == 0
+    assert [one["file"] for one in json.loads(document.read_text())["models"]] == ["model-q4_0.gguf"]
+    shutil.rmtree(run / "exports/gguf")
+
+
+def test_exports_of_an_older_adapter_are_not_verified(run: Path, luthier: Command, tmp_path: Path) -> None:
+    assert luthier("export", run, "--to", "hf").code == 0
+    copied = shutil.copytree(run, tmp_path / "run")
+    path = copied / "adapter/adapter_model.safetensors"
+    save_file({name: one * 1.5 for name, one in load_file(path).items()}, path, {"format": "pt"})
+    ended = luthier("export", copied, "--verify")
+    assert (ended.code, "made of another adapter" in ended.message) == (6, True), ended.err
+
+
+@pytest.mark.parametrize("words", [("--install", "--to", "ollama"), ("--split", "--to", "gguf"), ("--push", "me/mine")])
+def test_verify_writes_nothing(run: Path, luthier: Command, words: tuple[str, ...]) -> None:
+    ended = luthier("export", run, "--verify", *words)
+    assert (ended.code, "--verify writes nothing" in ended.message) == (2, True), ended.err

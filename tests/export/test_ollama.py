@@ -17,12 +17,12 @@ from luthier.data.conversation import Turn
 from luthier.data.render import Template, make_template
 from luthier.data.tokenizer import ChatTokenizer, load_tokenizer
 from luthier.errors import ExportError
-from luthier.export.gguf import About, GGUFFile
+from luthier.export.gguf import About
 from luthier.export.go_template import derive_pieces, go_source
 from luthier.export.merge import write_tokenizer
 from luthier.export.ollama import (
-    OllamaExport,
     OllamaSettings,
+    create_line,
     export_ollama,
     export_ollama_adapter,
     install,
@@ -167,7 +167,7 @@ def test_the_folder(tiny_llama: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in done.folder.iterdir()) == ["Modelfile", "model.gguf"]
     assert done.gguf.path.stat().st_size == done.gguf.size
     assert done.gguf.kept_f16
-    assert done.command.startswith("ollama create ")
+    assert create_line(done.folder).startswith("ollama create ")
     reader = gguf.GGUFReader(done.gguf.path)
     # The file puts the beginning-of-text token, so the template must not.
     assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is True
@@ -193,7 +193,7 @@ def test_the_name_is_one_that_ollama_takes(run: str, name: str) -> None:
 
 def test_the_command_is_one_for_a_shell() -> None:
     folder = Path("/tmp/My Runs/Parrot's 1st/exports/ollama")
-    words = shlex.split(OllamaExport(folder, GGUFFile(folder, 0, "f16", 0, (), ()), ()).command)
+    words = shlex.split(create_line(folder))
     assert words == ["ollama", "create", "parrot-s-1st", "-f", str(folder / "Modelfile")]
 
 
@@ -230,7 +230,7 @@ def test_base_and_adapter_apart(tiny_llama: Path, tmp_path: Path) -> None:
     fields = gguf.GGUFReader(made.folder / "adapter.gguf").fields
     assert fields["adapter.lora.alpha"].contents() == 4.0
     assert fields["general.type"].contents() == "adapter"
-    assert made.name == "run"
+    assert create_line(made.folder).startswith("ollama create run ")
 
 
 def stand_in(folder: Path, script: str) -> str:
@@ -245,16 +245,16 @@ def test_installing(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     made = export_ollama(tiny_llama, tmp_path / "My run" / "exports" / "ollama")
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(ExportError, match="ollama is not on this machine") as caught:
-        install(made)
-    assert made.command in str(caught.value.remedy)
+        install(made.folder)
+    assert create_line(made.folder) in str(caught.value.remedy)
     assert made.gguf.path.is_file()
     said = tmp_path / "said"
     monkeypatch.setenv("PATH", stand_in(tmp_path / "good", f"printf '%s\\n' \"$@\" > '{said}'"))
-    install(made)
+    assert install(made.folder) == "my-run"
     assert said.read_text().splitlines() == ["create", "my-run", "-f", str(made.folder / "Modelfile")]
     monkeypatch.setenv("PATH", stand_in(tmp_path / "bad", "echo 'could not connect to ollama' >&2; exit 1"))
     with pytest.raises(ExportError, match=r"exit code 1:\n  could not connect to ollama") as caught:
-        install(made)
+        install(made.folder)
     assert "ollama serve" in str(caught.value.remedy)
 
 

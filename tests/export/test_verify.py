@@ -243,3 +243,21 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error(sprig: tuple[Path, Refere
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ExportError, match="cannot load"):
         verify_model(RUNTIMES["gguf"], tmp_path / "model.gguf", sprig[2], sprig[1])
+
+
+@pytest.mark.llama_cpp
+def test_a_template_that_writes_the_day_is_the_same_on_any_day(tmp_path: Path) -> None:
+    """It was trained with one day, and every runtime writes today's: the two templates are the same all the same."""
+    pytest.importorskip("llama_cpp")
+    base = tiny.make_model(tmp_path / "base", initializer_range=0.15)
+    source = "{{ bos_token }}Today: {{ strftime_now('%d %b %Y') }}\n" + tiny.CHAT_TEMPLATE.replace(
+        "{{ bos_token }}", ""
+    )
+    (base / "chat_template.jinja").write_text(source)
+    reference, asked, template = adapted(base, tmp_path / "adapter")
+    assert "26 Jul 2024" in template.render([Turn("user", "Hi")])
+    merge(base, tmp_path / "adapter", tmp_path / "hf", template, dtype="fp32")
+    write_gguf(tmp_path / "hf", tmp_path / "model.gguf", "f32")
+    for kind, path in (("hf", tmp_path / "hf"), ("gguf", tmp_path / "model.gguf")):
+        found = verify_model(RUNTIMES[kind], path, asked, reference)
+        assert found.tokens_identical, found.failures

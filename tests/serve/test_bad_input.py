@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import httpx
 import pytest
@@ -189,3 +190,23 @@ def test_a_long_name_is_cut_in_the_message(running: Running) -> None:
     error = told(running.post("/v1/completions", {**TEXT, "model": "x" * 400}), 404)
     assert len(error["message"]) < 400
     told(running.post("/v1/completions", {**TEXT, "y" * 100_000: 1}))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [1] * 100_000}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{}] * 100_000}]}),
+        ("completions", {"prompt": [None] * 100_000}),
+        ("completions", {"prompt": [["x"] * 100_000]}),
+        ("completions", {"prompt": ["a"] * 100_000}),
+        ("completions", {"prompt": "a", **{f"key{n}": n for n in range(50_000)}}),
+        ("chat/completions", {"messages": [], "metadata": {f"key{n}": n for n in range(50_000)}}),
+    ],
+)
+def test_many_faults_are_refused_at_the_first(running: Running, path: str, body: dict[str, object]) -> None:
+    """An error for each would hold up everyone else's streams for seconds."""
+    began = time.process_time()
+    found = httpx.post(f"{running.url}/v1/{path}", json={"model": "tiny", **body}, timeout=60)
+    assert (found.status_code, len(found.content) < 5000) == (400, True)
+    assert time.process_time() - began < 2.0

@@ -327,7 +327,9 @@ def export(
     from luthier.cli import merging
     from luthier.cli.exporting import Wanted
 
-    if to is None or (verify and push is None):
+    if verify and (push or install or split or sets):
+        raise UsageError("--verify writes nothing anew, so it goes with --to alone", "an export verifies by itself")
+    if to is None or verify:
         found = merging.verify_again(run, to, quantize, asked=bool(verify))
         if as_json:
             console.print_json(found)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from luthier.export.merge import How
     from luthier.recipe.schema import Recipe
 
-__all__ = ["KINDS", "Wanted", "export"]
+__all__ = ["KINDS", "Wanted", "export", "install"]
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,17 @@ def _ollama(run: RunDirectory, recipe: Recipe, base: Path, wanted: Wanted) -> di
     else:
         made = ollama.export_ollama_adapter(base, run.adapter, out, quantize=quantize, settings=settings, about=about)
     _say_notes(made.notes)
-    facts = {**_file(wanted.kind, made.folder, made.gguf), "notes": list(made.notes), "installed": wanted.install}
-    if wanted.install:
-        ollama.install(made)
-    return {**facts, "command": f"ollama run {made.name}" if wanted.install else made.command}
+    facts = {**_file(wanted.kind, made.folder, made.gguf), "notes": list(made.notes), "installed": False}
+    return {**facts, "command": ollama.create_line(made.folder)}
+
+
+def install(made: dict[str, object]) -> dict[str, object]:
+    """Have Ollama take what `export` has `made` for it. Raises ExportError where it is not here, or refuses."""
+    from luthier.export import ollama
+
+    with console.waiting("installing in Ollama"), stage("it was installed"):
+        name = ollama.install(Path(str(made["path"])))
+    return {**made, "installed": True, "command": f"ollama run {name}"}
 
 
 def _mlx(run: RunDirectory, base: Path, kind: str, quantize: str) -> dict[str, object]:

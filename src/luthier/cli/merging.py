@@ -87,8 +87,20 @@ def export_one(
         if wanted.kind != "hf" or not verify:
             raise UsageError("--push is for --to hf, verified", "luthier export RUN --to hf --push owner/name")
     with _opened(path, "luthier export", sets) as (prover, _):
-        made = exported(prover, wanted, verify=verify)
-        return made if push_to is None else made | {"pushed": _push(prover, made, push_to)}
+        if push_to is None:
+            return exported(prover, wanted, verify=verify)
+        made = _merged_before(prover) or exported(prover, wanted, verify=verify)
+        return made | {"pushed": _push(prover, made, push_to)}
+
+
+def _merged_before(prover: Prover) -> dict[str, object] | None:
+    """The merged model that is there, verified: it may be onto the quantised base, or reversible. None: it is stale."""
+    from luthier.export.origin import is_merged_from
+
+    folder = prover.run.export("hf")
+    if not is_merged_from(folder, prover.run.adapter):
+        return None
+    return {"kind": "hf", "path": str(folder), "verified": prover.prove("hf", None).passed}
 
 
 def _push(prover: Prover, made: dict[str, object], name: str) -> str:

@@ -10,7 +10,7 @@ questions of ours: what is compared is two models, and any text does for that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, cast
 from rich.markup import escape
 
 from luthier.cli import console
-from luthier.cli.exporting import KINDS, Wanted, export
+from luthier.cli.exporting import KINDS, Wanted, export, install
+from luthier.cli.verify_document import document_path, forget, has_passed, merge_document
 from luthier.cli.working import stage
-from luthier.errors import DataError, ExportError, FitError, LuthierError, UsageError
+from luthier.errors import DataError, ExportError, FileError, FitError, LuthierError, ModelError, UsageError
 from luthier.guard.documents import INDEX_BYTES, read_object
-from luthier.runs import SCHEMA_VERSION, RunDirectory, write_json
+from luthier.runs import RunDirectory
 
 if TYPE_CHECKING:
     from luthier.data.conversation import Example
@@ -37,25 +38,26 @@ __all__ = ["Prover", "again", "export_all", "exported"]
 ROWS, TOKENS, LONGEST = 48, 4096, 384
 """Held-out rows that are asked: so many at most, of so many tokens together, each cut at so many."""
 LOSS_ROWS = 64
+_UNREADABLE = (ExportError, ModelError, FileError, OSError, RuntimeError, ValueError, KeyError)
 QUESTIONS = ("What colour is the sky?", "Tell me a story.", "How do I make tea?")
 
 
 def exported(prover: Prover, wanted: Wanted, *, verify: bool = True) -> dict[str, object]:
-    """Write one export of the run and, unless told otherwise, verify it. Raises ExportError where it is not the model;
-    what was written stays, with its verify.json."""
-    run, recipe, base = prover.run, prover.recipe, prover.base
-    kind = wanted.kind
-    made = export(run, recipe, base, wanted)
-    if not verify:
-        return made
-    if kind != "hf" and KINDS[kind].merged and not _document_path(run, "hf").is_file():
-        prover.prove("hf", None)  # what the others are made of, and held against
-    found = prover.prove(kind, Path(str(made["path"])))
-    made["verify"] = str(_document_path(run, kind))
-    made["verified"] = found["passed"]
-    if kind == "hf" and "held_out_loss" in found:
-        made["held_out_loss"] = found["held_out_loss"]
-    return made
+    """Write one export of the run and, unless told otherwise, verify it; then have Ollama take it where that was asked.
+
+    Raises ExportError where it is not the model; what was written stays, with its verify.json.
+    """
+    run, kind = prover.run, wanted.kind
+    if kind == "gguf":  # whose folder keeps other files: what was found of this one holds no longer
+        forget(run, kind, lambda file: file.startswith(f"model-{wanted.type}"))
+    made = export(run, prover.recipe, prover.base, wanted)
+    if verify:
+        prover.prove_merge(kind)
+        found = prover.prove(kind, Path(str(made["path"])))
+        made |= {"verify": str(document_path(run, kind)), "verified": found.passed}
+        if found.losses is not None:
+            made["held_out_loss"] = asdict(found.losses)
+    return install(made) if wanted.install else made
 
 
 def export_all(prover: Prover, kinds: Sequence[str]) -> list[dict[str, object]]:
@@ -88,22 +90,31 @@ def again(prover: Prover, kind: str | None) -> list[dict[str, object]]:
         raise UsageError(f"{run.path} has {what} to verify", f"luthier export {run.path} --to {kind or 'hf'}")
     found: list[dict[str, object]] = []
     failed: list[ExportError] = []
+    unasked: list[UsageError] = []
     for one in kinds:
         try:
-            document = prover.prove(one, None)
+            prover.prove_merge(one)
+            proof = prover.prove(one, None)
         except ExportError as error:
             failed.append(error)
             continue
-        if document["passed"] is None:
-            raise UsageError(str(document["reason"]), str(document["install"]) or None)
-        found.append(document)
-    if failed:
-        raise failed[0]
+        if proof.passed is None:
+            unasked.append(UsageError(proof.reason, proof.install or None))
+        else:
+            found.append(read_object(document_path(run, one), INDEX_BYTES))
+    for wrong in (*failed, *unasked):
+        raise wrong
     return found
 
 
-def _document_path(run: RunDirectory, kind: str) -> Path:
-    return run.export(kind) / "verify.json"
+@dataclass(frozen=True)
+class Proof:
+    """What was found of one export now; `passed` None: it could not be asked, and `reason` says why."""
+
+    passed: bool | None
+    reason: str = ""
+    install: str = ""
+    losses: MergeLosses | None = None
 
 
 class Prover:
@@ -113,8 +124,26 @@ class Prover:
         self.run, self.recipe, self.base = run, recipe, base
         self._references: dict[str, Reference] = {}
 
-    def prove(self, kind: str, path: Path | None) -> dict[str, object]:
-        """Verify the exported model at `path` (None: all of this kind) and write verify.json, which comes back.
+    def prove_merge(self, kind: str) -> None:
+        """What exports of `kind` are made of and held against: the merged model, verified itself where it has not been.
+
+        Raises ExportError where it is not the model, or was made of another adapter than the run has now.
+        """
+        from luthier.export.origin import is_merged_from
+
+        merged = self.run.export("hf")
+        if not KINDS[kind].merged or not (merged / "config.json").is_file():
+            return
+        if not is_merged_from(merged, self.run.adapter):
+            raise ExportError(
+                f"{merged} was made of another adapter than {self.run.adapter} is now, and so were its exports",
+                f"export again: luthier export {self.run.path} --to {kind}",
+            )
+        if kind != "hf" and not has_passed(self.run, "hf"):
+            self.prove("hf", None)
+
+    def prove(self, kind: str, path: Path | None) -> Proof:
+        """Verify the exported model at `path` (None: all of this kind) and write verify.json.
 
         Raises ExportError where one is not the model.
         """
@@ -124,8 +153,12 @@ class Prover:
         chosen = [model for model in models if path is None or path in (model, model.parent)]
         found = [self._one(kind, model) for model in chosen]
         if not found:
-            return {"passed": None, "reason": f"there is no runtime here that reads {kind}", "install": ""}
-        document = self._write(kind, found, {model.name for model in models})
+            return Proof(None, f"there is no runtime here that reads {kind}")
+        losses = self._losses() if kind == "hf" and found[-1].passed is not None else None
+        if losses is not None:
+            _say_losses(losses, self.run)
+        more: dict[str, object] = {} if losses is None else {"held_out_loss": asdict(losses)}
+        merge_document(self.run, kind, [asdict(one) for one in found], {model.name for model in models}, more)
         for one in found:
             _say(kind, one)
         wrong = next((one for one in found if one.passed is False), None)
@@ -134,10 +167,11 @@ class Prover:
             raise ExportError(
                 f"{self.run.export(kind) / wrong.file if kind != 'hf' else self.run.export(kind)} is not the model "
                 f"that was trained, says {wrong.runtime}:\n{listed}",
-                f"do not use this export; {_document_path(self.run, kind)} has the figures, and another --quantize or "
+                f"do not use this export; {document_path(self.run, kind)} has the figures, and another --quantize or "
                 "--to may hold",
             )
-        return document
+        unasked = next((one for one in found if one.passed is None), None)
+        return Proof(True, losses=losses) if unasked is None else Proof(None, unasked.reason, unasked.install)
 
     def _one(self, kind: str, model: Path) -> Verified:
         from luthier.export.runtimes import RUNTIMES
@@ -153,8 +187,12 @@ class Prover:
             return Verified(model.name, None, runtime.package, reason=error.message)
         with console.waiting(f"verifying {kind} in {runtime.package}"), stage(f"{kind} was verified"):
             reference = self._reference(kind, precision)
-            found = verify_model(runtime, model, self._asked, reference, precision)
-            return self._with_modelfile(found, model.with_name("Modelfile")) if kind.startswith("ollama") else found
+            try:
+                found = verify_model(runtime, model, self._asked, reference, precision)
+                return self._with_modelfile(found, model.with_name("Modelfile")) if kind.startswith("ollama") else found
+            except _UNREADABLE as error:  # it is for the runtime to open it; the others are asked all the same
+                said = (f"{runtime.package} cannot open it: {error}",)
+                return Verified(model.name, False, runtime.package, reference.name, failures=said)
 
     def _with_modelfile(self, found: Verified, path: Path) -> Verified:
         """And the template that Ollama asks by, held against the one that was trained."""
@@ -163,26 +201,6 @@ class Prover:
         checked = check_modelfile(path, self._template, self._asked.questions)
         failures = (*found.failures, checked.difference) if checked.identical is False else found.failures
         return replace(found, modelfile=checked, failures=failures, passed=not failures)
-
-    def _write(self, kind: str, found: Sequence[Verified], there: set[str]) -> dict[str, object]:
-        path = _document_path(self.run, kind)
-        new = [asdict(one) for one in found]
-        named = {one.file for one in found}
-        before = read_object(path, INDEX_BYTES).get("models") if path.is_file() else None
-        kept = [
-            cast("dict[str, object]", one)
-            for one in (before if isinstance(before, list) else [])
-            if isinstance(one, dict) and one.get("file") in there - named
-        ]
-        models = [*kept, *new]
-        told = next((one for one in models if one["passed"] is False), new[-1])
-        document: dict[str, object] = {"schema": SCHEMA_VERSION, "kind": kind, **told, "models": models}
-        losses = self._losses() if kind == "hf" and found[-1].passed is not None else None
-        if losses is not None:
-            document["held_out_loss"] = asdict(losses)
-            _say_losses(losses, self.run)
-        write_json(path, document)
-        return document
 
     def _reference(self, kind: str, precision: Precision) -> Reference:
         """Of the merged model; for that itself, and for exports of base and adapter apart, of base and adapter."""
@@ -235,6 +253,14 @@ class Prover:
         return make_template("model", load_tokenizer(self.run.adapter))
 
     @cached_property
+    def _positions(self) -> int:
+        """The model's context, or its window where that is shorter: some runtimes have the latter alone."""
+        from luthier.model.config import read_config
+
+        config = read_config(self.base)
+        return min(config.max_positions, config.window or config.max_positions)
+
+    @cached_property
     def _held_out(self) -> Sequence[Example]:
         """Held-out rows of the run, empty where they cannot be read any more: an export needs no rows."""
         from luthier.data.prepare import prepare
@@ -259,7 +285,7 @@ class Prover:
         tokenizer = self._template.tokenizer
         prompts = (tokenizer.decode(row.ids[: row.answer], skip_special=True).strip() for row in rows)
         plain = [text for text in prompts if text and not tokenizer.control_pattern.search(text)]
-        return Asked(tuple(rows), (*QUESTIONS, *plain[:ROWS]), source)
+        return Asked(tuple(rows), (*QUESTIONS, *plain[:ROWS]), source, self._positions)
 
     def _rows(self) -> list[Row]:
         from luthier.export.verify import Row
@@ -329,14 +355,18 @@ def _say(kind: str, one: Verified) -> None:
         if one.install:
             console.say(f"  [bold]try:[/] {escape(one.install)}, then luthier export RUN --verify")
         return
-    agreed = 0.0 if one.argmax_agreement is None else one.argmax_agreement
+    if one.argmax_agreement is None:  # it could not be opened
+        console.say(f"[bold red]not the model[/] {escape(f'{kind} {one.file}')}: {escape(one.failures[0])}")
+        return
+    agreed = one.argmax_agreement
     asked = ""
     if one.threshold is not None and one.argmax_agreement_decided is not None:
         asked = f" ({one.argmax_agreement_decided:.2%} without near-ties; {one.threshold:.1%} is asked)"
+    loss = "" if one.loss_increase is None else f", loss {one.loss_increase:+.4f}"
     ids = "the same" if one.tokens_identical else "other"
     said = (
         f"{ids} token ids in {one.texts} texts, the same next token at {agreed:.2%} of {one.tokens:,} places{asked}, "
-        f"{one.continuations_identical} of {one.continuations} continuations the same, loss {one.loss_increase:+.4f}"
+        f"{one.continuations_identical} of {one.continuations} continuations the same{loss}"
     )
     if one.modelfile is not None and one.modelfile.identical is None:
         console.say(f"[yellow]its Modelfile was not verified[/]: {escape(one.modelfile.reason)}")

@@ -9,7 +9,9 @@ that it renders here what it renders there; only the date is fixed, see `TEMPLAT
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache
 from typing import NoReturn, TypeAlias
@@ -26,7 +28,7 @@ from luthier.data.jinja_limits import LimitedEnvironment, TooLargeError
 from luthier.data.jinja_watch import CPU_SECONDS, RunawayError, within_limit
 from luthier.errors import DataError
 
-__all__ = ["TEMPLATE_DATE", "ChatTemplate", "Message", "render_chat"]
+__all__ = ["TEMPLATE_DATE", "ChatTemplate", "Message", "dated", "render_chat"]
 
 Message: TypeAlias = dict[str, str]
 """What templates see of a turn: its role and its content."""
@@ -37,6 +39,19 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 Fixed, so that the same rows are the same tokens on any day: a run can be resumed tomorrow, and what is prompted after
 training is what was trained. It is the day that Llama 3.2's own template falls back to.
 """
+
+
+_DAY: ContextVar[datetime] = ContextVar("_DAY", default=TEMPLATE_DATE)
+
+
+@contextmanager
+def dated(day: datetime) -> Iterator[None]:
+    """Within the block templates are told that it is `day`: as other programs do, to be compared with them."""
+    token = _DAY.set(day)
+    try:
+        yield
+    finally:
+        _DAY.reset(token)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -70,7 +85,7 @@ zeros, and gets memory for 256 characters to each of the format's own before Pyt
 def _strftime(form: str) -> str:
     if len(form) > LONGEST_DATE_FORMAT:
         raise TooLargeError(f"a date by a format of more than {LONGEST_DATE_FORMAT} characters")
-    return TEMPLATE_DATE.strftime(form)
+    return _DAY.get().strftime(form)
 
 
 LONGEST_TEMPLATE = 2**18

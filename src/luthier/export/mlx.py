@@ -26,6 +26,7 @@ from luthier.data.render import Template
 from luthier.errors import ExportError
 from luthier.export.affine import GROUP, Bits, affine_quantized
 from luthier.export.merge import write_tokenizer
+from luthier.export.room import check_room
 from luthier.guard.documents import read_object
 from luthier.guard.header import check_safetensors
 from luthier.model.config import ModelConfig, read_config
@@ -33,7 +34,7 @@ from luthier.model.locate import INDEX, SINGLE, weight_files
 from luthier.model.tensor_file import write_tensors
 from luthier.runs import atomic_folder, write_json
 
-__all__ = ["MLXExport", "mlx_config", "mlx_settings", "write_mlx", "write_mlx_files"]
+__all__ = ["MLXExport", "check_mlx_room", "mlx_config", "mlx_settings", "write_mlx", "write_mlx_files"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,19 @@ class _Written:
 def write_mlx(folder: Path, out: Path, template: Template, bits: Bits | None = None) -> MLXExport:
     """Write the model in `folder` to the folder `out`, atomically; `template` is the one that was trained.
 
-    Raises ExportError for what mlx-lm does not compute, and for values that are not finite.
+    Raises ExportError for what mlx-lm does not compute, and for values that are not finite; FitError for a full disk.
     """
     mlx_settings(read_config(folder))  # refused before anything is written
+    check_mlx_room(folder, out, bits)
     with atomic_folder(out) as beside:
         written = write_mlx_files(folder, beside, template, bits)
     return MLXExport(out, bits, written.size, written.tensors, written.kept, written.notes)
+
+
+def check_mlx_room(folder: Path, out: Path, bits: Bits | None) -> None:
+    """Raise FitError where the disk has no room for the model in `folder`, quantised to `bits`, at `out`."""
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    check_room(out, size if bits is None else size * (bits + 1) // 16, "the model for mlx-lm")
 
 
 def write_mlx_files(folder: Path, out: Path, template: Template, bits: Bits | None = None) -> MLXExport:

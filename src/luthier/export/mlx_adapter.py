@@ -21,13 +21,13 @@ from luthier.data.render import Template
 from luthier.data.tokenizer import load_tokenizer
 from luthier.export.affine import Bits
 from luthier.export.factors import Factors, read_factors
-from luthier.export.mlx import mlx_settings, write_mlx_files
+from luthier.export.mlx import check_mlx_room, mlx_settings, write_mlx_files
 from luthier.guard.documents import read_object
 from luthier.model.config import ModelConfig, read_config
 from luthier.model.tensor_file import write_tensors
 from luthier.runs import atomic_folder, write_json
 
-__all__ = ["MLXAdapter", "write_mlx_adapter"]
+__all__ = ["BASE", "MLXAdapter", "write_mlx_adapter"]
 
 BASE = "base"
 
@@ -62,6 +62,8 @@ def write_mlx_adapter(base: Path, adapter: Path, out: Path, template: Template, 
         tensors |= {f"{stem}.lora_a": pair.A.float().T.contiguous(), f"{stem}.lora_b": pair.B.float().T.contiguous()}
     reasons = _misread(base, config, template)
     notes: tuple[str, ...] = ()
+    if bits is not None or reasons:
+        check_mlx_room(base, out, bits)
     with atomic_folder(out) as beside:
         write_tensors(beside / "adapters.safetensors", tensors, {"format": "mlx"})
         if bits is not None or reasons:
@@ -69,7 +71,7 @@ def write_mlx_adapter(base: Path, adapter: Path, out: Path, template: Template, 
         if reasons:
             notes += (f"{BASE}/ is the base to use with it: mlx-lm reads {base} otherwise ({'; '.join(reasons)})",)
         where = out / BASE if (beside / BASE).is_dir() else base
-        write_json(beside / "adapter_config.json", _config(config, factors, str(where)))
+        write_json(beside / "adapter_config.json", _config(config, factors, str(where.resolve())))
     return MLXAdapter(out, where, len(tensors), notes)
 
 

@@ -131,9 +131,12 @@ def render_by_go(program: Path, source: str, conversations: Sequence[Sequence[Tu
         for turns in conversations
     )
     lines = "".join(json.dumps(job) + "\n" for job in jobs)
-    done = subprocess.run(  # noqa: S603
-        [str(program)], input=lines, capture_output=True, text=True, encoding="utf-8", timeout=SECONDS, check=True
-    )
+    try:
+        done = subprocess.run(  # noqa: S603
+            [str(program)], input=lines, capture_output=True, text=True, encoding="utf-8", timeout=SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ExportError(f"Go's program did not run: {error}", "see that `go version` works") from error
     answers = [json.loads(line) for line in done.stdout.split("\n")[:-1]]
     said = next((answer["Error"] for answer in answers if answer["Error"]), None)
     if said is not None or len(answers) != len(conversations):

@@ -32,6 +32,7 @@ __all__ = [
     "BASE_NAME",
     "OllamaExport",
     "OllamaSettings",
+    "create_line",
     "export_ollama",
     "export_ollama_adapter",
     "install",
@@ -65,26 +66,22 @@ class OllamaSettings:
 
 @dataclass(frozen=True)
 class OllamaExport:
-    """The folder, its GGUF file, and what to know; `command` creates the model in Ollama."""
+    """The folder, its GGUF file, and what to know."""
 
     folder: Path
     gguf: GGUFFile
     notes: tuple[str, ...]
 
-    @property
-    def command(self) -> str:
-        """What to type in a shell; the model is called after the run in whose exports the folder lies."""
-        return shlex.join(self.words)
 
-    @property
-    def name(self) -> str:
-        """What the model is called in Ollama."""
-        return model_name(self.folder.resolve().parent.parent.name)
+def _words(folder: Path) -> list[str]:
+    """The command that creates the model, which is called after the run in whose exports the folder lies."""
+    name = model_name(folder.resolve().parent.parent.name)
+    return ["ollama", "create", name, "-f", str(folder / "Modelfile")]
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The command, word by word."""
-        return "ollama", "create", self.name, "-f", str(self.folder / "Modelfile")
+
+def create_line(folder: Path) -> str:
+    """What to type in a shell to have Ollama take what was exported to `folder`."""
+    return shlex.join(_words(folder))
 
 
 def model_name(text: str) -> str:
@@ -213,21 +210,22 @@ def _licensed(folder: Path, settings: OllamaSettings, about: About | None) -> tu
     return replace(settings, licenses=found), notes
 
 
-def install(made: OllamaExport) -> None:
-    """Run `ollama create`, so that `ollama run` has the model.
+def install(folder: Path) -> str:
+    """Run `ollama create` on what was exported to `folder`; the name that `ollama run` knows the model by.
 
     Raises ExportError where Ollama is not on this machine or refuses; what was exported stays.
     """
-    program = shutil.which("ollama")
+    program, words = shutil.which("ollama"), _words(folder)
     if program is None:
         raise ExportError(
-            f"ollama is not on this machine, so {made.folder} was written and not installed",
-            f"install it from https://ollama.com, or where it is, type: {made.command}",
+            f"ollama is not on this machine, so {folder} was written and not installed",
+            f"install it from https://ollama.com, or where it is, type: {create_line(folder)}",
         )
-    done = subprocess.run([program, *made.words[1:]], capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
+    done = subprocess.run([program, *words[1:]], capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
     if done.returncode != 0:
         said = "\n".join(f"  {line}" for line in (done.stderr or done.stdout).strip().splitlines()[-5:])
         raise ExportError(
             f"ollama create ended with exit code {done.returncode}:\n{said}",
-            f"see that Ollama runs (`ollama serve`), then type: {made.command}",
+            f"see that Ollama runs (`ollama serve`), then type: {create_line(folder)}",
         )
+    return words[2]

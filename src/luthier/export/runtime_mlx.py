@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.conversation import Turn
+from luthier.export.mlx_adapter import BASE
 from luthier.export.runtime import Precision
 from luthier.export.runtime_transformers import stored_as
 from luthier.guard.documents import read_object
@@ -71,6 +72,8 @@ def open_mlx(folder: Path, context: int, precision: Precision) -> MLXRuntime:
 
 
 def open_mlx_adapter(config: Path, context: int, precision: Precision) -> MLXRuntime:
-    """The adapter that `config` (adapter_config.json) describes, on the base that it names."""
+    """The adapter that `config` (adapter_config.json) describes, on the base beside it, or the one that it names."""
     del context
-    return MLXRuntime(Path(str(read_object(config)["model"])), config.parent, precision)
+    beside = config.parent / BASE
+    base = beside if beside.is_dir() else Path(str(read_object(config)["model"]))
+    return MLXRuntime(base, config.parent, precision)

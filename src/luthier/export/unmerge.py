@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from luthier.errors import ExportError
+from luthier.export.room import check_room
 from luthier.guard.header import BITS, LONGEST_HEADER, StoredTensor, check_safetensors
 from luthier.model.locate import INDEX
 from luthier.model.tensor_file import write_tensors
@@ -91,11 +92,14 @@ def unmerge(merged: Path, out: Path) -> Unmerged:
     """
     folder = merged / RECORD
     files = sorted(folder.glob("*.safetensors"))
+    if not (merged / "config.json").is_file():
+        raise ExportError(f"there is no merged model in {merged} to turn back", "luthier merge RUN makes one")
     if not files:
         raise ExportError(
             f"{merged} cannot be turned back: it was merged without a record of what was there before",
             "luthier merge RUN --reversible keeps one; the base itself is found by its name in recipe.yaml",
         )
+    check_room(out, sum((merged / path.name).stat().st_size for path in files), "the base")
     with atomic_folder(out) as beside:
         for path in sorted(merged.iterdir()):
             if path.is_file() and path.suffix != ".safetensors" and path.name not in (*SMALL, *OURS):

@@ -22,6 +22,7 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from luthier.data.conversation import Turn
+from luthier.data.jinja_chat import dated
 from luthier.data.render import Template
 from luthier.export.modelfile_check import ModelfileChecked
 from luthier.export.runtime import Precision, Runtime, RuntimeKind
@@ -85,11 +87,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of both: rows, questions for the chat template, and where they are from."""
+    """What is asked of both: rows, questions for the chat template, and where they are from; nothing is continued
+    beyond `positions`."""
 
     rows: tuple[Row, ...]
     questions: tuple[str, ...]
     source: str
+    positions: int = 2**62
 
     @property
     def context(self) -> int:
@@ -189,7 +193,7 @@ def refer(decoder: Decoder, template: Template, asked: Asked, name: str) -> Refe
 
 
 def _continued(asked: Asked) -> list[Row]:
-    return [row for row in asked.rows if row.answer > 0][:CONTINUED]
+    return [row for row in asked.rows if 0 < row.answer <= asked.positions - LIMIT][:CONTINUED]
 
 
 def _line(decoder: Decoder, ids: Sequence[int]) -> _Line:
@@ -262,7 +266,12 @@ class _Comparing:
         template = self.reference.template
         tokenizer = template.tokenizer
         texts = [tokenizer.decode(row.ids) for row in self.asked.rows]
-        for number, text in enumerate((*texts, *PROBES)):
+        # Where a tokenizer treats the beginning of a text otherwise than what follows a control token, and no runtime
+        # does, texts are asked behind one: that is where they stand in a conversation.
+        before = tokenizer.token_text(template.end_of_turn)
+        alone = tokenizer.encode("a") != tokenizer.encode(f"{before}a", special=True)[1:]
+        for number, plain in enumerate((*texts, *PROBES)):
+            text = f"{before}{plain}" if alone else plain
             self._same(number, tokenizer.encode(text, special=True), self.runtime.tokenize(text), text, "token ids")
         answered = Turn("assistant", "Yes.")
         for number, question in enumerate(self.asked.questions):
@@ -270,7 +279,9 @@ class _Comparing:
             if number % 2:
                 turns = [*turns, answered, Turn("user", "Why is that?")]
             found = self.runtime.prompt_ids(turns)
-            self._same(number, template.prompt_ids(turns), found, question, "token ids of the chat template's prompt")
+            with dated(datetime.now()):  # as runtimes do, where the template writes the day
+                expected = template.prompt_ids(turns)
+            self._same(number, expected, found, question, "token ids of the chat template's prompt")
 
     def _same(self, row: int, expected: list[int], found: list[int], text: str, what: str) -> None:
         self.texts += 1
@@ -348,7 +359,7 @@ class _Comparing:
     def failures(self, threshold: float | None) -> tuple[str, ...]:
         """Why the export is not the model, in words; empty where it is."""
         failed = [f"{one}" for one in (*self.other_ids[:1], *self.other_stops[:1])]
-        if threshold is not None and self.clear > math.ceil((1.0 - threshold) * self.tokens):
+        if threshold is not None and self.clear > math.ceil((1.0 - threshold) * self.tokens - 1e-9):
             failed.append(
                 f"the likeliest next token is the same, or a near-tie, at {self.decided:.2%} of places, "
                 f"{threshold:.1%} is asked"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luthier.errors import UsageError
+from luthier.errors import ModelError, UsageError
 
 __all__ = ["GREEDY", "SamplingSpec", "make_generator", "sample", "shape_logits"]
 
@@ -170,7 +170,10 @@ def shape_logits(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec) -
 
 
 def sample(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec, generator: torch.Generator) -> int:
-    """One token id drawn from `logits_V` [V]; `history` is every id before it, prompt included."""
+    """One token id drawn from `logits_V` [V]; `history` is every id before it, prompt included.
+
+    Raises ModelError where the probabilities are not finite, for nothing can be drawn from them.
+    """
     shaped_V = shape_logits(logits_V, history, spec)
     if spec.greedy:
         return int(shaped_V.argmax())
@@ -181,5 +184,9 @@ def sample(logits_V: Tensor, history: Sequence[int], spec: SamplingSpec, generat
     # never hit, for it lies below the sum of all, and "right" passes over tokens that add nothing.
     upto_V = probabilities_V.cumsum(-1, dtype=torch.float64)
     total = float(upto_V[-1])
+    if not math.isfinite(total):
+        raise ModelError(
+            "the model's logits are not finite", "its weights or its adapter are damaged, or have diverged"
+        )
     at = min(float(torch.rand((), dtype=torch.float64, generator=generator)) * total, math.nextafter(total, 0.0))
     return int(torch.searchsorted(upto_V, at, right=True))

@@ -43,6 +43,7 @@ class Answer:
     ) -> None:
         """`whole`: nothing is looked at before a choice has ended, so nobody is woken for single tokens."""
         self._scheduler, self._whole, self._under_way = scheduler, whole, under_way
+        self.seconds = seconds
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._resting: asyncio.TimerHandle | None = None
@@ -60,6 +61,11 @@ class Answer:
         self._resting = None
         if any(job.events for job in self.jobs):
             self._wake.set()
+
+    @property
+    def through(self) -> bool:
+        """Whether all of it has been made, though it may not all be sent."""
+        return all(job.ended for job in self.jobs)
 
     def end(self, failure: Refusal) -> None:
         """End what has not ended, with an error; its slots are free at once."""
@@ -97,9 +103,11 @@ class Answer:
                 if job.ended:
                     open_.discard(index)
             if found:
-                yield found
                 if open_ and not self._whole:
+                    if self._resting is not None:
+                        self._resting.cancel()
                     self._resting = self._loop.call_later(REST * len(self._under_way), self._rested)
+                yield found
 
 
 @dataclass

@@ -66,8 +66,8 @@ class Serving:
         return json_response({**head, "choices": told, "usage": usage(wanted.prompt_tokens, choices)})
 
     def end_all(self) -> int:
-        """End every answer that is under way; how many there were."""
-        left = list(self.under_way)
+        """End every answer that is still being made; how many there were."""
+        left = [answer for answer in self.under_way if not answer.through]
         for answer in left:
             answer.end(stopping())
         return len(left)

@@ -142,6 +142,8 @@ class Scheduler:
                     if not engine.idle:
                         self._step(name, engine)
         except Exception as error:  # noqa: BLE001  (a defect: it is told, every answer fails with it, /health says so)
+            if self._ending:  # the event loop has gone meanwhile
+                return
             self._log(f"the engines' thread has ended: {''.join(traceback.format_exception(error))}")
             with self._changed:
                 self._dead = f"the engines' thread has ended: {type(error).__name__}"
@@ -174,7 +176,8 @@ class Scheduler:
         if job.number < 0:
             if job in self._waiting:
                 self._waiting.remove(job)
-        elif self._jobs.pop((job.model, job.number), None) is not None:
+        elif self._jobs.get((job.model, job.number)) is job:  # a new engine may have given its number to another
+            del self._jobs[job.model, job.number]
             self._engines[job.model].cancel(job.number)
             self._running -= 1
 
@@ -190,7 +193,7 @@ class Scheduler:
             self._recover(name, error)
             return
         self._metrics.step.labels(name).observe(time.perf_counter() - began)
-        if not events:
+        if not events or self._ending:
             return
         self._faults[name] = 0
         self._metrics.tokens.labels(name).inc(len(events))
@@ -219,8 +222,8 @@ class Scheduler:
             self._jobs = {key: job for key, job in self._jobs.items() if key[0] != name}
             self._running -= len(jobs)
             self._count()
+        self._fail(jobs, error)  # first: there may be no memory for what comes now
         self._engines[name] = self._engine(name)
-        self._fail(jobs, error)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         """These answers end with 500. The error's own words may tell of the machine: they go to the log."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from luthier.generate.request import MOST_LOGPROBS
 
@@ -40,8 +40,23 @@ NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
 """Settings that are not built -> the values that ask for nothing."""
 
 
+MOST_KEYS, MOST_MESSAGES = 100, 10_000
+"""More are refused at once, as lists are at their first fault: an error is made for each, on the event loop."""
+
+
+def _few(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MOST_KEYS:
+        raise ValueError(f"it has {len(value):,} keys, {MOST_KEYS} are the most")
+    return value
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, value: object) -> object:
+        return _few(value)
 
 
 class StreamOptions(_Strict):
@@ -62,6 +77,7 @@ def _whole(text: str) -> str:
 
 Text: TypeAlias = Annotated[str, AfterValidator(_whole)]
 Token: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens: TypeAlias = Annotated[list[Token], Field(fail_fast=True)]
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_whole)]
 
 
@@ -102,7 +118,7 @@ class Message(_Strict):
     """One turn. Those of other kinds than text are refused; what clients send back empty is taken."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: None = None
     refusal: None = None
     audio: None = None
@@ -122,7 +138,7 @@ class Message(_Strict):
 class ChatAsked(Asked):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -132,14 +148,14 @@ class ChatAsked(Asked):
     functions: list[JsonValue] | None = None
     function_call: JsonValue = None
     response_format: JsonValue = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(fail_fast=True)] | None = None
     audio: JsonValue = None
     prediction: JsonValue = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
     web_search_options: JsonValue = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -149,7 +165,12 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """The body of /v1/completions: text or ids that are continued as they are, or a list of them."""
 
-    prompt: Text | list[Text] | list[Token] | list[list[Token]]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(fail_fast=True, max_length=MOST_CHOICES)]
+        | Tokens
+        | Annotated[list[Tokens], Field(fail_fast=True, max_length=MOST_CHOICES)]
+    )
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     suffix: str | None = None
     echo: bool | None = None

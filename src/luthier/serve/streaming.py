@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import orjson
 from starlette.responses import Response
@@ -24,6 +24,9 @@ __all__ = ["GONE", "Envelope", "EventStream", "chunks", "watched"]
 
 GONE = 499
 """The status that is counted for a client that left (nginx's number; nobody is sent it)."""
+
+_READING = 10.0
+"""Seconds after an answer's own time in which its client may read the rest of it."""
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -102,8 +105,12 @@ class EventStream(Response):
         self._answer, self._form, self._envelope = answer, form, envelope
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        with watched(self._answer, receive):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for piece in chunks(self._answer, self._form, self._envelope):
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        with watched(self._answer, receive), suppress(asyncio.TimeoutError):
+            # A client that reads nothing would keep it for ever: what is returned from unfinished is closed.
+            await asyncio.wait_for(self._write(send), self._answer.seconds + _READING)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for piece in chunks(self._answer, self._form, self._envelope):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
